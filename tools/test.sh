@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Installs the project with its test extra into .venv, then lints, checks types and runs the tests.
+#   bash tools/test.sh [--system] [pytest arguments]
+# --system also installs the Debian packages that some tests need (none yet), and turns a skip for a missing package
+# into a failure; without it such tests are skipped and listed at the end.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/venv.sh
+if [ "${1:-}" = --system ]; then
+    shift
+    export FMRI_FLOW_SYSTEM=1
+fi
+make_venv test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+exec .venv/bin/python -m pytest "$@"

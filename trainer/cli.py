@@ -1,0 +1,79 @@
+"""The one command line: `python -m trainer <command>`, the console script `fmri-flow`, and what every launcher calls.
+
+Thin on purpose: it reads arguments, opens a run and hands over. Bad input ends with one line and status 2, a signal with
+128 + its number; everything else is our mistake and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config import load_config
+from trainer.errors import InputError, exit_on_input_error
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    status: int = arguments.run_command(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train both stages, score them and draw figures")
+    train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
+    train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: output/<name of the config>)")
+    train.add_argument("--stage", choices=["1", "2", "all"], default="all", help="which stage to train")
+    train.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint")
+    train.add_argument("--overwrite", action="store_true", help="delete the stages to be trained and start anew")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. stage1.lr=1e-3")
+    train.set_defaults(run_command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="score checkpoints now, once")
+    evaluate.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    evaluate.add_argument("--stage", choices=["1", "2"], help="which stage (default: both that are there)")
+    evaluate.add_argument("--step", default="best", metavar="N|best|last|all", help="which checkpoints")
+    evaluate.add_argument("--set", action="append", dest="sets", metavar="NAME", help="which sets (default: all)")
+    evaluate.set_defaults(run_command=_evaluate)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    stages = [1, 2] if arguments.stage == "all" else [int(arguments.stage)]
+    path = arguments.run or Path("output") / arguments.config.stem
+    # torch takes seconds to import: mistakes in the configuration were found above, without it.
+    from trainer.evaluation.figures import draw_figures
+    from trainer.run.processes import Interrupted
+    from trainer.training.stages import train
+
+    try:
+        run = train(config, path, stages, resume=arguments.resume, overwrite=arguments.overwrite)
+    except Interrupted as interrupted:
+        print(f"{interrupted}. Continue with --resume.", file=sys.stderr)
+        return 128 + interrupted.signum
+    if run is not None:
+        for figure in draw_figures(run):
+            print(f"figure: {figure}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from trainer.run.directory import RunDirectory
+    from trainer.evaluation.evaluate import evaluate
+
+    run = RunDirectory(arguments.run)
+    stages = [int(arguments.stage)] if arguments.stage else [n for n in (1, 2) if run.stage(n).has_started()]
+    if not stages:
+        raise InputError(arguments.run, "holds no training", expected="a run directory with stage1/")
+    evaluate(run, stages, arguments.step, arguments.sets)
+    return 0
+
+

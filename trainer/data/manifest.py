@@ -1,0 +1,264 @@
+"""What a folder of shards holds: streams, subjects, runs, where each array lies to the byte, statistics, checksums.
+
+`manifest.json` is read by every process at its start, so it stays small; the statistics of each run lie beside it in
+`statistics.safetensors` and are read by name when they are needed. The manifest carries the SHA-256 of its own
+content, of the statistics and of every tar: an edited or torn file is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from trainer.errors import InputError
+
+MANIFEST = "manifest.json"
+STATISTICS = "statistics.safetensors"
+FORMAT = 1
+BOLD = "bold"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One feature stream: rows of `width` values, or of `layers` x `width` where layers > 1."""
+
+    name: str
+    layers: int
+    width: int
+    dtype: str
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Shape of one TR: (D,) or (L, D)."""
+        return (self.width,) if self.layers == 1 else (self.layers, self.width)
+
+
+@dataclass(frozen=True)
+class ArrayLocation:
+    """An array inside a tar: `offset` is the byte of its first element, after tar and .npy headers."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One showing of one run. `subjects` are the labels that have BOLD, in the order of the rows of `bold`."""
+
+    key: str
+    shard: int
+    series: str
+    run: str
+    repeat: int
+    season: int | None
+    episode: int | None
+    film: str | None
+    part: str | None
+    n_trs: int
+    subjects: tuple[str, ...]
+    arrays: Mapping[str, ArrayLocation]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the folder, with what it takes to notice that it is another one."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations (M2) in float64.
+
+    With a leading axis they are those of many runs: count (R,) or (R, S); mean and m2 (R, D) or (R, S, V).
+    """
+
+    count: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Moments:
+        """Moments over all axes but the last: (T, D) or (T, L, D) -> count (), mean (D,), m2 (D,)."""
+        rows = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
+        mean = rows.mean(0)
+        return cls(np.asarray(len(rows), np.int64), mean, np.square(rows - mean).sum(0))
+
+    @classmethod
+    def stack(cls, parts: list[Moments]) -> Moments:
+        """Several moments of one shape, along a new first axis."""
+        return cls(*(np.stack([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def combine(self) -> Moments:
+        """The moments of the union over the first axis.
+
+        Chan, Golub and LeVeque's update for many parts at once: the M2 of the parts plus n (mean - total mean)^2.
+        Parts of count 0 do not enter.
+        """
+        weight = np.asarray(self.count, np.float64)[..., None]
+        total = weight.sum(0)
+        safe = np.maximum(total, 1)
+        mean = (weight * self.mean).sum(0) / safe
+        m2 = (np.where(weight > 0, self.m2, 0) + weight * np.square(self.mean - mean)).sum(0)
+        return Moments(np.asarray(self.count).sum(0), mean, m2)
+
+    def std(self) -> np.ndarray:
+        """Population standard deviation, of the shape of the mean."""
+        return np.sqrt(self.m2 / np.maximum(np.asarray(self.count, np.float64)[..., None], 1))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of shards, described. Arrays of a sample are named `bold` or like their stream."""
+
+    name: str
+    tr: float
+    subjects: tuple[str, ...]
+    parcels: int
+    streams: tuple[Stream, ...]
+    samples: tuple[Sample, ...]
+    shards: tuple[FileRecord, ...]
+    statistics: FileRecord
+    folder: Path = field(default=Path(), compare=False)
+
+    def stream(self, name: str) -> Stream:
+        """The stream of that name. Raises InputError that lists what the shards hold."""
+        for stream in self.streams:
+            if stream.name == name:
+                return stream
+        raise InputError(
+            self.folder,
+            f"no stream {name}",
+            found=", ".join(s.name for s in self.streams),
+            fix="Build the shards with --features that include it, or leave it out of include_features.",
+        )
+
+    def moments(self, name: str) -> Moments:
+        """Moments of a stream or of `bold` for each run, read from the statistics.
+
+        Returns: for a stream count (R,), mean (R, D); for `bold` count (R, S) with 0 where a subject is absent, mean
+            (R, S, V). D is the width: layers are pooled, as one linear map reads them all.
+        """
+        path = self.folder / self.statistics.name
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return Moments(*(file.get_tensor(f"{f.name}:{name}") for f in fields(Moments)))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                path, f"statistics of {name} cannot be read: {error}", fix="Build the shards again."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write manifest.json into a folder that holds the statistics and the shards already."""
+        content = asdict(self)
+        del content["folder"]
+        document = {"format": FORMAT, "sha256": _digest(content), **content}
+        (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """Read a folder's manifest and compare the statistics beside it with their checksum.
+
+        Raises:
+            InputError: no manifest, not JSON, another format, edited since it was written, or statistics that differ.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        content = _read(path)
+        claimed = content.pop("sha256", None)
+        written = content.pop("format", None)
+        if written != FORMAT:
+            raise InputError(path, "format", found=written, expected=FORMAT, fix="Build the shards again.")
+        if _digest(content) != claimed:
+            raise InputError(
+                path,
+                "edited since it was written: SHA-256",
+                found=_digest(content),
+                expected=claimed,
+                fix="Build the shards again.",
+            )
+        manifest = _from_json(content, folder)
+        check_file(folder, manifest.statistics, full=True)
+        return manifest
+
+
+def write_statistics(folder: Path, moments: Mapping[str, Moments]) -> FileRecord:
+    """Write the moments of all runs (R first), by name of stream or `bold`, and describe the file."""
+    tensors = {
+        f"{f.name}:{name}": np.ascontiguousarray(getattr(m, f.name)) for name, m in moments.items() for f in fields(m)
+    }
+    (folder / STATISTICS).write_bytes(save(tensors))
+    return describe_file(folder / STATISTICS)
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Name, size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(path.name, path.stat().st_size, digest)
+
+
+def check_file(folder: Path, record: FileRecord, *, full: bool = False) -> None:
+    """Compare a file's size, and with `full` its SHA-256, with its record. Raises InputError."""
+    path = folder / record.name
+    if not path.is_file():
+        raise InputError(path, "missing", expected="a file, since the manifest lists it", fix="Build the shards again.")
+    if path.stat().st_size != record.size:
+        raise InputError(path, "size", found=f"{path.stat().st_size} bytes", expected=f"{record.size} bytes")
+    if full and describe_file(path).sha256 != record.sha256:
+        raise InputError(path, "SHA-256", found=describe_file(path).sha256, expected=record.sha256)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(
+            path, f"cannot be read: {error.strerror}", expected="a folder that tools/make_shards.py wrote"
+        ) from error
+    except ValueError as error:
+        raise InputError(path, f"not valid JSON: {error}", fix="Build the shards again.") from error
+    if not isinstance(content, dict):
+        raise InputError(path, "the file", found=type(content).__name__, expected="a JSON object")
+    return content
+
+
+def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
+    samples = tuple(
+        Sample(
+            **{
+                **s,
+                "subjects": tuple(s["subjects"]),
+                "arrays": {
+                    n: ArrayLocation(a["offset"], tuple(a["shape"]), a["dtype"]) for n, a in s["arrays"].items()
+                },
+            }
+        )
+        for s in content["samples"]
+    )
+    return Manifest(
+        **{
+            **content,
+            "subjects": tuple(content["subjects"]),
+            "streams": tuple(Stream(**s) for s in content["streams"]),
+            "samples": samples,
+            "shards": tuple(FileRecord(**s) for s in content["shards"]),
+            "statistics": FileRecord(**content["statistics"]),
+        },
+        folder=folder,
+    )

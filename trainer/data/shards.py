@@ -1,0 +1,187 @@
+"""Write samples into webdataset tars, and read any window of TRs out of one with a single read.
+
+The tars are plain: `wds.WebDataset(url).decode()` reads them. An .npy inside an uncompressed tar is contiguous, so the
+offset of its first element (kept in the manifest) gives the address of every TR; nothing before it has to be parsed.
+Reads go through `os.preadv` straight into the caller's buffer: nothing is kept but open file descriptors, ranks of a
+node share the page cache, and a file that was cut short gives an error where a memory map would kill the process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+
+from trainer.data.manifest import BOLD, ArrayLocation, Manifest, Sample, check_file
+from trainer.errors import InputError
+
+
+@dataclass(frozen=True)
+class SampleContent:
+    """What goes into a tar for one sample: a key without dots, meta.json, and arrays by name (`bold` or a stream)."""
+
+    key: str
+    meta: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+
+
+def extension(name: str) -> str:
+    """The file extension of an array in the tar: `llama_3.2_3b/layers.11` -> `llama_3_2_3b__layers_11.npy`.
+
+    webdataset takes everything up to the first dot for the key and lowers the case of the rest.
+    """
+    return re.sub(r"[^a-z0-9_-]", "_", name.lower().replace("/", "__")) + ".npy"
+
+
+def write_shard(path: Path, samples: Iterable[SampleContent]) -> dict[str, dict[str, ArrayLocation]]:
+    """Write one whole tar and return, for each sample key, where each of its arrays lies.
+
+    Equal samples give equal bytes: times, owners and modes are fixed. Samples are taken one at a time.
+    """
+    names: dict[str, dict[str, str]] = {}
+    with (
+        path.open("wb") as file,
+        wds.TarWriter(file, user="", group="", mode=0o444, mtime=0, format="GNU_FORMAT") as writer,
+    ):
+        for sample in samples:
+            files = {extension(name): array for name, array in sample.arrays.items()}
+            names[sample.key] = {extension(name): name for name in sample.arrays}
+            writer.write({"__key__": sample.key, "meta.json": dict(sample.meta), **files})
+    return _locate(path, names)
+
+
+def _locate(path: Path, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, ArrayLocation]]:
+    """Addresses as they stand in the finished tar: read back, not computed."""
+    found: dict[str, dict[str, ArrayLocation]] = {key: {} for key in names}
+    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        for member in tar:
+            key, _, end = member.name.partition(".")
+            if not end.endswith(".npy"):
+                continue
+            file.seek(member.offset_data)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(file)
+            if fortran_order:
+                raise ValueError(f"{path}: {member.name} is in Fortran order, expected C order")
+            found[key][names[key][end]] = ArrayLocation(file.tell(), tuple(shape), np.dtype(dtype).name)
+    return found
+
+
+class Shards:
+    """A folder of shards, opened for reading. It can be pickled; files are opened where and when they are first read.
+
+    Opening compares the size of every tar with the manifest. Raises InputError where one is missing or differs.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.manifest = Manifest.load(folder)
+        self.folder = Path(folder)
+        for record in self.manifest.shards:
+            check_file(self.folder, record)
+        self._files: dict[int, int] = {}
+
+    def read(
+        self,
+        sample: int,
+        name: str,
+        start: int,
+        stop: int,
+        out: np.ndarray | None = None,
+        row: int | None = None,
+    ) -> np.ndarray:
+        """TRs [start, stop) of one array of a sample, in the stored dtype.
+
+        Args:
+            sample: index in manifest.samples.
+            name: `bold` or a stream.
+            out: C-contiguous buffer of the result's shape and dtype to read into.
+            row: for `bold`, the one present subject to read, counted as in Sample.subjects; all of them without it.
+
+        Returns: a stream gives (stop - start, D) or (stop - start, L, D); `bold` (S present, stop - start, V), or
+            (stop - start, V) with `row`.
+
+        Raises:
+            InputError: the shard is shorter than the manifest says, or cannot be read.
+        """
+        described = self.manifest.samples[sample]
+        place = described.arrays[name]
+        time_axis = 1 if name == BOLD else 0
+        if not 0 <= start <= stop <= place.shape[time_axis]:
+            raise ValueError(f"{described.key}: TRs {start} to {stop} are outside its {place.shape[time_axis]} TRs")
+        inner = place.shape[time_axis + 1 :]
+        shape = (stop - start, *inner)
+        if name == BOLD and row is None:
+            shape = (place.shape[0], *shape)
+        out = _buffer(out, shape, np.dtype(place.dtype))
+        row_bytes = out.itemsize * math.prod(inner)
+        if name != BOLD:
+            self._fill(described, place.offset + start * row_bytes, out)
+            return out
+        for i, target in enumerate(out) if row is None else [(row, out)]:
+            self._fill(described, place.offset + (i * place.shape[1] + start) * row_bytes, target)
+        return out
+
+    def _fill(self, sample: Sample, offset: int, target: np.ndarray) -> None:
+        """One contiguous read into `target`; a second one only where the system returns less than asked for."""
+        if target.size == 0:
+            return
+        path = self.folder / self.manifest.shards[sample.shard].name
+        view = target.data.cast("B")
+        try:
+            file = self._open(sample.shard, path)
+            while view:
+                count = os.preadv(file, [view], offset)
+                if count == 0:
+                    raise InputError(
+                        path,
+                        f"ends inside {sample.key}",
+                        found=f"{os.fstat(file).st_size} bytes",
+                        expected=f"{self.manifest.shards[sample.shard].size} bytes",
+                        fix="Build the shards again.",
+                    )
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise InputError(path, f"cannot be read: {error.strerror}") from error
+
+    def _open(self, shard: int, path: Path) -> int:
+        if shard not in self._files:
+            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Shards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_files", None):
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+
+def _buffer(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise ValueError(f"out: found {out.dtype} {out.shape}, expected contiguous {dtype} {shape}")
+    return out

@@ -1,0 +1,337 @@
+"""What lies on disk against what the layout says: every run with its scans and features, before anything is written.
+
+The survey opens every file but reads only names and shapes, so that nearly every mistake in the data is found within
+seconds. What it returns is all that building needs to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+
+from trainer.data.layout import Layout, RunGroups, fill, find_files, pattern_regex
+from trainer.data.manifest import Stream
+from trainer.data.shards import extension
+from trainer.errors import InputError
+
+MAX_TRS_APART = 2
+"""Scans of one run differ by a TR or two, and features from the BOLD; more than that is a mistake in the data."""
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """A stream to build: where to look for it, and how to store it."""
+
+    name: str
+    folders: tuple[str, ...]
+    datasets: tuple[str, ...]
+    pool: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """One HDF5 data set."""
+
+    file: Path
+    dataset: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.dataset}"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run and repeat with all that belongs to it; `bold` by subject label, `features` by stream."""
+
+    key: str
+    series: str
+    run: str
+    repeat: int
+    groups: RunGroups
+    bold: Mapping[str, Source]
+    features: Mapping[str, Source]
+    n_trs: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All runs of a data set, the streams as they will be stored, and remarks for the user."""
+
+    runs: tuple[RunPlan, ...]
+    streams: tuple[Stream, ...]
+    parcels: int
+    notes: tuple[str, ...]
+
+
+@dataclass
+class _Scan:
+    """One showing of one run, while it is looked for."""
+
+    groups: RunGroups
+    repeated: bool
+    bold: dict[str, Source] = field(default_factory=dict)
+
+
+def request_streams(
+    layout: Layout, names: Sequence[str], float32: Sequence[str] = (), pool: Sequence[str] = ()
+) -> tuple[StreamRequest, ...]:
+    """What the layout's table says about each stream; `float32` and `pool` name streams stored otherwise than it says.
+
+    A file that names its data sets by LAYER, or a folder named by KEY, is accepted where the table's name is absent.
+
+    Raises:
+        InputError: no stream, one named twice or unknown, two that share a file name, an option for another.
+    """
+    names = list(names or layout.include_features)
+    if not names:
+        raise InputError("--features", "no stream named", expected="KEY/LAYER, or include_features in the layout")
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise InputError(f"stream {name}", "named twice", expected="each stream once")
+        for other in names[:i]:
+            if extension(other) == extension(name):
+                raise InputError(f"stream {name}", "has the same file name in the shards as", found=other)
+    for option, chosen in (("--float32", float32), ("--pool", pool)):
+        for name in set(chosen) - set(names):
+            raise InputError(option, "not among the streams to build", found=name, expected=", ".join(names))
+    requests = []
+    for name in names:
+        model, dataset = layout.feature(name)
+        key, _, layer = name.partition("/")
+        requests.append(
+            StreamRequest(
+                name,
+                tuple(dict.fromkeys((model.folder, key))),
+                tuple(dict.fromkeys((dataset, layer))),
+                name in pool or model.pool == "mean",
+                "float32" if name in float32 else model.dtype,
+            )
+        )
+    return tuple(requests)
+
+
+def survey(layout: Layout, root: Path, streams: Sequence[StreamRequest], series: Sequence[str] | None = None) -> Survey:
+    """Find every run of the chosen series (all by default) below `root` and check names, shapes and lengths.
+
+    Raises:
+        InputError: see the module's tests for the list; nothing has been written by then.
+    """
+    if not root.is_dir():
+        raise InputError(root, "no such folder", expected="the folder that holds what the layout describes")
+    for name in series or ():
+        if name not in layout.series:
+            raise InputError("--series", "unknown", found=name, expected=f"one of {', '.join(layout.series)}")
+    chosen = [name for name in layout.series if series is None or name in series]
+    notes: list[str] = []
+    runs = [run for name in chosen for run in _survey_series(layout, root, name, streams, notes)]
+    for label in layout.subjects:
+        if not any(label in run.bold for run in runs):
+            raise InputError(
+                root,
+                f"no BOLD file found for subject {label}",
+                fix="Take the subject out of the layout, or add the files.",
+            )
+    for run in runs:
+        absent = [label for label in layout.subjects if label not in run.bold]
+        if absent:
+            notes.append(f"{run.key}: no BOLD of subject {', '.join(absent)}")
+    _check_equal((source for run in runs for source in run.bold.values()), 1, "parcels")
+    described = tuple(_describe_stream(request, [run.features[request.name] for run in runs]) for request in streams)
+    return Survey(tuple(runs), described, next(iter(runs[0].bold.values())).shape[1], tuple(notes))
+
+
+def _survey_series(
+    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str]
+) -> Iterator[RunPlan]:
+    scans: dict[tuple[str, int], _Scan] = {}
+    for label in layout.subjects:
+        _find_scans(layout, root, series, label, scans, notes)
+    if not scans:
+        raise InputError(root / layout.series[series].bold.file, "no BOLD file found", expected=f"BOLD of {series}")
+    indices: dict[tuple[str, ...], dict[str, Path]] = {}
+    for request in streams:
+        if request.folders not in indices:
+            indices[request.folders] = _feature_index(layout, root, series, request.folders)
+    keys: dict[str, str] = {}
+    for (run, repeat), scan in sorted(scans.items(), key=lambda item: item[0]):
+        key = re.sub(r"[^A-Za-z0-9_-]", "_", f"{series}_{run}") + (f"_run-{repeat}" if scan.repeated else "")
+        if keys.setdefault(key, run) != run:
+            raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
+        features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
+        n_trs = _common_length(scan.bold.values(), features.values())
+        yield RunPlan(key, series, run, repeat, scan.groups, scan.bold, features, n_trs)
+
+
+def _find_scans(
+    layout: Layout,
+    root: Path,
+    series: str,
+    label: str,
+    scans: dict[tuple[str, int], _Scan],
+    notes: list[str],
+) -> None:
+    """Add one subject's data sets of one series to `scans`."""
+    described = layout.series[series]
+    found_file = False
+    for path, fields in find_files(root, described.bold.file, {"subject": layout.subjects[label]}):
+        found_file = True
+        names = _dataset_names(path)
+        ignored = []
+        for name in names:
+            match = pattern_regex(fill(described.bold.dataset, fields)).fullmatch(name)
+            values = {**fields, **{k: v for k, v in (match.groupdict() if match else {}).items() if v is not None}}
+            groups = described.groups(values.get("run", "")) if match else None
+            if groups is None:
+                ignored.append(name)
+                continue
+            place = (values["run"], int(values.get("repeat", 1)))
+            scan = scans.setdefault(place, _Scan(groups, "repeat" in values))
+            if label in scan.bold:
+                raise InputError(
+                    path,
+                    name,
+                    found=f"a second scan of run {place[0]}, repeat {place[1]}",
+                    expected="one",
+                    fix=f"The other is {scan.bold[label]}.",
+                )
+            scan.bold[label] = _source(path, name, dimensions=(2,), expected="(TRs, parcels)")
+        if len(ignored) == len(names):
+            raise InputError(
+                path,
+                "no data set of this series",
+                found=", ".join(ignored[:3]) or "an empty file",
+                expected=f"{described.bold.dataset} with run {' or '.join(described.runs)}",
+            )
+        if ignored:
+            notes.append(f"{path}: {len(ignored)} data set(s) are not of {series}: {', '.join(ignored[:3])}")
+    if not found_file:
+        notes.append(f"{series}: no BOLD file of subject {label}")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file for reading; what HDF5 cannot read becomes an InputError that names the file."""
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
+    except OSError as error:
+        size = f"{path.stat().st_size} bytes" if path.exists() else "no such file (a broken link?)"
+        raise InputError(
+            path, "not a whole HDF5 file", found=f"{size} ({error})", fix="Download or copy it again."
+        ) from error
+
+
+def _dataset_names(path: Path) -> list[str]:
+    names: list[str] = []
+    with opened(path) as file:
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names
+
+
+def _source(path: Path, dataset: str, dimensions: tuple[int, ...], expected: str) -> Source:
+    """Describe a data set, without reading it."""
+    with opened(path) as file:
+        item = file[dataset]
+        if item.ndim not in dimensions or 0 in item.shape:
+            raise InputError(path, f"{dataset}: shape", found=item.shape, expected=expected)
+        if item.dtype.kind not in "fiu":
+            raise InputError(path, f"{dataset}: type", found=item.dtype, expected="numbers")
+        return Source(path, dataset, tuple(item.shape))
+
+
+def _feature_index(layout: Layout, root: Path, series: str, folders: tuple[str, ...]) -> dict[str, Path]:
+    """Run -> feature file of one model. One walk through its folder, whatever the number of runs."""
+    index: dict[str, Path] = {}
+    for folder in folders:
+        for pattern in layout.feature_files:
+            here: dict[str, Path] = {}
+            for path, fields in find_files(root, pattern, {"model": folder, "series": series}):
+                other = here.setdefault(fields["run"], path)
+                if other != path:
+                    raise InputError(path, f"a second feature file of run {fields['run']}", found=other, expected="one")
+            index = {**here, **index}
+    return index
+
+
+def _feature_source(
+    layout: Layout, root: Path, series: str, run: str, request: StreamRequest, index: Mapping[str, Path]
+) -> Source:
+    if run not in index:
+        known = {"model": request.folders[0], "series": series, "run": run}
+        raise InputError(
+            root / fill(layout.feature_files[0], known),
+            f"no feature file of run {run} for stream {request.name}",
+            expected=" or ".join(fill(pattern, known) for pattern in layout.feature_files),
+        )
+    names = _dataset_names(index[run])
+    for dataset in request.datasets:
+        if dataset in names:
+            return _source(index[run], dataset, (2, 3), "(TRs, D) or (TRs, L, D)")
+    nearest = difflib.get_close_matches(request.datasets[0], names, n=3, cutoff=0)
+    raise InputError(
+        index[run],
+        f"no data set {' or '.join(request.datasets)} for stream {request.name}",
+        found=", ".join(nearest) + (", ..." if len(names) > len(nearest) else "") if names else "an empty file",
+    )
+
+
+def _common_length(bold: Iterable[Source], features: Iterable[Source]) -> int:
+    """TRs that a run is cut to: the shortest scan. Raises InputError where lengths are more than 2 TRs apart."""
+    scans = sorted(bold, key=lambda source: source.shape[0])
+    shortest, longest = scans[0], scans[-1]
+    n_trs = shortest.shape[0]
+    if longest.shape[0] - n_trs > MAX_TRS_APART:
+        raise InputError(
+            str(shortest),
+            "length",
+            found=f"{n_trs} TRs",
+            expected=f"within {MAX_TRS_APART} TRs of the {longest.shape[0]} TRs of {longest}",
+        )
+    for source in features:
+        if not n_trs - MAX_TRS_APART <= source.shape[0] <= longest.shape[0] + MAX_TRS_APART:
+            raise InputError(
+                str(source),
+                "length",
+                found=f"{source.shape[0]} TRs",
+                expected=f"within {MAX_TRS_APART} TRs of the {n_trs} TRs of the BOLD {shortest}",
+                fix="Features have one row a TR, from the first TR of the run.",
+            )
+    return n_trs
+
+
+def _check_equal(sources: Iterator[Source], axis: int, what: str) -> None:
+    first = None
+    for source in sources:
+        first = first or source
+        if source.shape[axis:] != first.shape[axis:]:
+            raise InputError(
+                str(source),
+                what,
+                found=_joined(source.shape[axis:]),
+                expected=f"{_joined(first.shape[axis:])} as in {first}",
+            )
+
+
+def _joined(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _describe_stream(request: StreamRequest, sources: Sequence[Source]) -> Stream:
+    """The stream's stored shape, which must be the same in all runs."""
+    squeezed = (
+        Source(s.file, s.dataset, s.shape[:1] + s.shape[-1:] if request.pool or s.shape[1] == 1 else s.shape)
+        if len(s.shape) == 3 else s
+        for s in sources
+    )  # fmt: skip
+    kept = list(squeezed)
+    _check_equal(iter(kept), 1, "width")
+    row = kept[0].shape[1:]
+    return Stream(request.name, row[0] if len(row) == 2 else 1, row[-1], request.dtype)

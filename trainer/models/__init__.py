@@ -1,0 +1,1 @@
+"""Arithmetic only: the mean anchor, the flow, and the published weights in their classes."""

@@ -1,0 +1,424 @@
+"""Stage 1, the mean anchor: features of a film in, the expected BOLD of every subject out.
+
+The published encoder (MedARC's MultiSubjectConvLinearEncoder, arXiv 2507.19956): each feature stream is projected to
+a common width and smoothed over time by a depthwise convolution, which learns the haemodynamic response; the
+streams are pooled, optionally passed through a hidden model, and decoded to parcels by a decoder that all subjects share
+plus one of each subject's own. With `avg` pooling and no hidden model all of it is linear.
+
+Two things are ours. The streams are standardised inside the first projection (W / s, b - W m / s), so that neither
+training nor prediction ever makes a standardised copy of the features. And a mask says which TRs are real: the others
+are zeroed after the projection, where the convolution has its own zero padding, so a padded window gives what the
+unpadded one gives.
+
+Shapes: B windows, S subjects, T TRs, V parcels, D_i width and L_i layers of stream i, d = embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.errors import InputError
+from trainer.models.randomness import KeyedDropout, number_sites
+
+POOL_HEADS = 4
+"""Heads of the `attn` pooling, as published."""
+
+FFT_KERNEL_SIZE = 16
+"""From this length on a depthwise convolution takes the FFT on CPUs: at 45 taps it needs half of conv1d's time."""
+
+
+class DepthwiseConv(nn.Module):
+    """A convolution over time with one kernel a channel, 'same' zero padding and a bias.
+
+    Args:
+        causal: the taps after the centre are zero, so that no TR sees features of later ones. Needs an odd kernel.
+        positive: the kernel is |w|.
+        blockwise: one kernel for all channels.
+    """
+
+    def __init__(
+        self, channels: int, kernel_size: int, *, causal: bool = False, positive: bool = False, blockwise: bool = False
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.causal, self.positive = kernel_size, causal, positive
+        self.weight = nn.Parameter(torch.empty(1 if blockwise else channels, 1, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def kernel(self) -> Tensor:
+        """The kernels in use, (C, 1, K)."""
+        weight = self.weight
+        if self.causal:
+            taps = torch.arange(self.kernel_size, device=weight.device)
+            weight = weight * (taps <= self.kernel_size // 2)
+        if self.positive:
+            weight = weight.abs()
+        return weight.expand(self.bias.shape[0], 1, self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        on_plain_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if on_plain_cpu and self.kernel_size >= FFT_KERNEL_SIZE:
+            return _fft_convolution(x, self.kernel()[:, 0]) + self.bias
+        groups = self.bias.shape[0]
+        return F.conv1d(x.transpose(1, 2), self.kernel(), self.bias, padding="same", groups=groups).transpose(1, 2)
+
+
+def _fft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same sum as conv1d's with 'same' padding, over the frequencies. x (B, T, C), kernel (C, K) -> (B, T, C).
+
+    conv1d correlates: out[t] = sum_k w[k] x[t + k - left] with left = (K - 1) // 2 zeros before the first TR. That is
+    the full convolution with the reversed kernel, read from its element K - 1 - left on.
+    """
+    length, taps = x.shape[1], kernel.shape[1]
+    size = length + taps - 1
+    spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel.flip(1).T, n=size, dim=0)
+    first = taps - 1 - (taps - 1) // 2
+    return torch.fft.irfft(spectrum, n=size, dim=1)[:, first : first + length]
+
+
+class StreamEncoder(nn.Module):
+    """One stream: standardise and project D -> d in one product, zero the masked TRs, convolve over time."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int, embed_dim: int, conv: DepthwiseConv | None) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, embed_dim)
+        self.conv = conv
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, L, D) -> (B, T, L, d); mask (B, T), True at the TRs that exist."""
+        weight = self.linear.weight / self.scale
+        # a sum of products rather than `weight @ mean`, which autocast would take to a short float
+        bias = self.linear.bias - (weight * self.mean).sum(1)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        h = F.linear(x, weight, bias)
+        if mask is not None:
+            h = h.masked_fill(~mask[:, :, None, None], 0.0)
+        if self.conv is None:
+            return h
+        batch, length, layers, channels = h.shape
+        h = self.conv(h.transpose(1, 2).reshape(batch * layers, length, channels))
+        return h.view(batch, layers, length, channels).transpose(1, 2)
+
+
+class LinearPool(nn.Module):
+    """A learned weight for each layer and channel, then the sum over layers: (B, T, L, d) -> (B, T, d)."""
+
+    def __init__(self, layers: int, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(layers, embed_dim))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum(2)
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends over the layers of each TR: (B, T, L, d) -> (B, T, d).
+
+    As published: a learned embedding of the layer is added first, keys and values are projected, the query is free.
+    """
+
+    def __init__(self, layers: int, embed_dim: int) -> None:
+        super().__init__()
+        self.layer_embedding = nn.Parameter(torch.empty(layers, embed_dim))
+        self.query = nn.Parameter(torch.empty(embed_dim))
+        self.key = nn.Linear(embed_dim, embed_dim)
+        self.value = nn.Linear(embed_dim, embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
+        nn.init.trunc_normal_(self.layer_embedding, std=0.02)
+        nn.init.trunc_normal_(self.query, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, layers, channels = x.shape
+        x = x + self.layer_embedding
+        shape = (batch, length, layers, POOL_HEADS, channels // POOL_HEADS)
+        query = self.query.view(POOL_HEADS, -1)
+        scores = (self.key(x).view(shape) * query).sum(-1) * shape[-1] ** -0.5
+        attention = scores.softmax(dim=2)
+        pooled = (attention[..., None] * self.value(x).view(shape)).sum(2)
+        return self.out(pooled.flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, GELU, Linear; dropout after each."""
+
+    def __init__(self, dim: int, ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(dim, int(dim * ratio))
+        self.outer = nn.Linear(int(dim * ratio), dim)
+        self.dropout_inner, self.dropout_outer = KeyedDropout(dropout), KeyedDropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout_outer(self.outer(self.dropout_inner(F.gelu(self.inner(x)))))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention over time, then an MLP: (B, T, d) -> (B, T, d). Masked TRs are no keys.
+
+    There are no positions, because the published model has none in effect: its rotary embedding is applied along the
+    axis of the heads, and a rotation that is the same for a query and a key cancels in their product.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.dropout = KeyedDropout(dropout)
+        self.mlp = MLP(dim, mlp_ratio, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.dropout(self._attend(self.norm1(x), mask))
+        return x + self.mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        def split(projected: Tensor) -> Tensor:
+            return projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        bias = None
+        if mask is not None:
+            # a large negative number, not -inf: a window without any TR must not make NaN
+            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -1e4)[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class ConvNextBlock(nn.Module):
+    """Depthwise convolution over time, LayerNorm, MLP, residual: (B, T, d) -> (B, T, d).
+
+    Masked TRs are zeroed before the convolution, which so sees what it sees beyond the edge of a window.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(dim, kernel_size)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, mlp_ratio, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return x + self.mlp(self.norm(self.conv(_zero_masked(x, mask))))
+
+
+class Decoder(nn.Module):
+    """d -> V by a decoder that all subjects share plus one of each subject's own, in one product.
+
+    The own decoders are one parameter (S, V, d). Without a decoder convolution their sum with the shared one is taken
+    first, so that S subjects cost one matrix product and no intermediate. With one (kernel_size > 1), each subject
+    convolves the embedding over time (depthwise) before its own decoder; the shared decoder sees it as it is.
+    """
+
+    def __init__(
+        self, dim: int, n_subjects: int, n_parcels: int, *, shared: bool, own: bool, kernel_size: int
+    ) -> None:
+        super().__init__()
+        if not (shared or own):
+            raise InputError("stage1.model", "no decoder is left", expected="a shared one, or each subject's own")
+        self.n_subjects = n_subjects
+        self.shared = nn.Linear(dim, n_parcels) if shared else None
+        self.own_weight = nn.Parameter(torch.empty(n_subjects, n_parcels, dim)) if own else None
+        self.own_bias = nn.Parameter(torch.zeros(n_subjects, n_parcels)) if own else None
+        convolves = own and kernel_size > 1
+        self.conv_weight = nn.Parameter(torch.empty(n_subjects, dim, kernel_size)) if convolves else None
+        self.conv_bias = nn.Parameter(torch.zeros(n_subjects, dim)) if convolves else None
+        for weight in (self.own_weight, self.conv_weight):
+            if weight is not None:
+                nn.init.trunc_normal_(weight, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, d) -> (B, S, T, V)."""
+        if self.own_weight is None or self.own_bias is None:
+            assert self.shared is not None  # checked when built
+            return self.shared(x)[:, None].expand(-1, self.n_subjects, -1, -1)
+        if self.conv_weight is None:
+            weight, bias = self.own_weight, self.own_bias
+            if self.shared is not None:
+                weight, bias = weight + self.shared.weight, bias + self.shared.bias
+            out = F.linear(x, weight.flatten(0, 1), bias.flatten())
+            return out.unflatten(2, bias.shape).transpose(1, 2)
+        own = self._convolve(_zero_masked(x, mask))
+        out = torch.einsum("btds,svd->bstv", own, self.own_weight) + self.own_bias[:, None, :]
+        return out if self.shared is None else out + self.shared(x)[:, None]
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """Each subject's depthwise convolution over time: (B, T, d) -> (B, T, d, S)."""
+        assert self.conv_weight is not None and self.conv_bias is not None
+        subjects, dim, kernel_size = self.conv_weight.shape
+        # grouped by channel, S kernels in each group, so that one call serves all subjects
+        kernel = self.conv_weight.transpose(0, 1).reshape(dim * subjects, 1, kernel_size)
+        bias = self.conv_bias.T.reshape(-1)
+        out = F.conv1d(x.transpose(1, 2), kernel, bias, padding="same", groups=dim)
+        return out.transpose(1, 2).unflatten(2, (dim, subjects))
+
+
+class Anchor(nn.Module):
+    """The whole of stage 1.
+
+    Args:
+        streams: (layers L_i, width D_i) of each feature stream; L_i = 1 for features (T, D_i).
+        encoder_kernel_size: taps of the convolution over time; 1 or less for none.
+        pool: `avg`: the sum over streams of the mean over a stream's layers; `linear`: learned weights; `attn`: one
+            learned query over all layers.
+        hidden_model: what runs on the pooled embedding.
+        decoder_kernel_size: taps of the convolution before each own decoder; 1 or less for none.
+        dropout: inside the hidden model; keyed by window (`randomness.keyed`).
+
+    Raises:
+        InputError: where a size does not fit another.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[tuple[int, int]],
+        n_subjects: int,
+        n_parcels: int,
+        *,
+        embed_dim: int = 192,
+        encoder_kernel_size: int = 45,
+        encoder_causal: bool = False,
+        encoder_positive: bool = False,
+        encoder_blockwise: bool = False,
+        pool: str = "avg",
+        hidden_model: str | None = None,
+        hidden_depth: int = 6,
+        hidden_heads: int = 3,
+        hidden_mlp_ratio: float = 4,
+        hidden_kernel_size: int = 11,
+        dropout: float = 0.0,
+        shared_decoder: bool = True,
+        subject_decoders: bool = True,
+        decoder_kernel_size: int = 1,
+    ) -> None:
+        super().__init__()
+        if encoder_causal and encoder_kernel_size % 2 == 0:
+            where = "stage1.model.encoder_kernel_size"
+            raise InputError(where, "no centre", found=encoder_kernel_size, expected="an odd number")
+        self.layers = [layers for layers, _ in streams]
+        self.streams = nn.ModuleList()
+        shape = {"causal": encoder_causal, "positive": encoder_positive, "blockwise": encoder_blockwise}
+        for _, width in streams:
+            conv = DepthwiseConv(embed_dim, encoder_kernel_size, **shape) if encoder_kernel_size > 1 else None
+            self.streams.append(StreamEncoder(width, embed_dim, conv))
+        self.pool = _build_pool(pool, sum(self.layers), embed_dim)
+        ratio = float(hidden_mlp_ratio)
+        self.hidden = nn.ModuleList(
+            _build_block(hidden_model, embed_dim, hidden_heads, ratio, hidden_kernel_size, dropout)
+            for _ in range(0 if hidden_model is None else hidden_depth)
+        )
+        present = {"shared": shared_decoder, "own": subject_decoders}
+        self.decoder = Decoder(embed_dim, n_subjects, n_parcels, **present, kernel_size=decoder_kernel_size)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        number_sites(self)
+
+    def set_standardising(self, means: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+        """Standardise stream i as (x - means[i]) / scales[i], both (D_i,), from now on, inside its projection.
+
+        A feature that never varies (scale 0) has nothing to say: its scale is taken as 1.
+        """
+        for index, (stream, mean, scale) in enumerate(zip(self.streams, means, scales, strict=True)):
+            assert isinstance(stream, StreamEncoder)
+            shapes = tuple(mean.shape), tuple(scale.shape)
+            if shapes != (stream.mean.shape, stream.scale.shape):
+                raise ValueError(f"stream {index}: mean and scale are {shapes}, expected {tuple(stream.mean.shape)}")
+            if not (mean.isfinite().all() and scale.isfinite().all() and (scale >= 0).all()):
+                raise ValueError(f"stream {index}: mean or scale is not finite, or a scale is negative")
+            stream.mean.copy_(mean)
+            stream.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def forward(self, features: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """The expected BOLD.
+
+        Args:
+            features: one tensor a stream, (B, T, D_i) or (B, T, L_i, D_i), float16 or the weights' dtype.
+            mask: (B, T) bool, True at the TRs that exist; None for all.
+
+        Returns:
+            (B, S, T, V). What stands at masked TRs means nothing.
+        """
+        if len(features) != len(self.streams):
+            raise ValueError(f"the anchor reads {len(self.streams)} streams, got {len(features)}")
+        embedded = []
+        for x, stream, layers in zip(features, self.streams, self.layers, strict=True):
+            x = x[:, :, None] if x.ndim == 3 else x
+            if x.shape[2] != layers:
+                raise ValueError(f"a stream of {layers} layers came with {x.shape[2]}")
+            if self.pool is None and layers > 1:
+                # projection and convolution are linear: the mean over layers may come first, for L times less work
+                x = x.mean(dim=2, keepdim=True, dtype=stream.linear.weight.dtype)
+            embedded.append(stream(x, mask))
+        if self.pool is None:
+            pooled = torch.stack(embedded).sum(0)[:, :, 0]
+        else:
+            pooled = self.pool(torch.cat(embedded, dim=2))
+        for block in self.hidden:
+            pooled = block(pooled, mask)
+        return self.decoder(pooled, mask)
+
+
+def anchor_loss(
+    prediction: Tensor, bold: Tensor, mask: Tensor, subject_mask: Tensor, count: Tensor | int | None = None
+) -> Tensor:
+    """Mean squared error over what was measured.
+
+    Args:
+        prediction, bold: (B, S, T, V). What stands where a subject or a TR is absent is never read.
+        mask: (B, T) bool; subject_mask: (B, S) bool.
+        count: the number of valid (window, subject, TR) triples of the global batch (all ranks, all micro-batches);
+            None for this batch's. The losses of a batch's parts then add up to the loss of the whole.
+
+    Returns:
+        The sum of the squared errors of valid entries / (count x V); a scalar.
+    """
+    valid = mask[:, None, :] & subject_mask[:, :, None]
+    error = (prediction.float() - bold.float()).masked_fill(~valid[..., None], 0.0)
+    total = valid.sum() if count is None else torch.as_tensor(count, device=error.device)
+    return error.square().sum() / (total.clamp(min=1) * bold.shape[-1])
+
+
+def _zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B, T, d) with zeros at masked TRs."""
+    return x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)
+
+
+def _build_pool(pool: str, layers: int, embed_dim: int) -> nn.Module | None:
+    """The pooling module; None for `avg`, which has no weights."""
+    if pool == "avg":
+        return None
+    if pool == "linear":
+        return LinearPool(layers, embed_dim)
+    if pool == "attn":
+        if embed_dim % POOL_HEADS:
+            expected = f"a multiple of {POOL_HEADS} (heads of attn pooling)"
+            raise InputError("stage1.model.embed_dim", "does not split", found=embed_dim, expected=expected)
+        return AttentionPool(layers, embed_dim)
+    expected = "avg, linear or attn"
+    raise InputError("stage1.model.global_pool", "unknown pooling", found=pool, expected=expected)
+
+
+def _build_block(
+    name: str | None, dim: int, heads: int, mlp_ratio: float, kernel_size: int, dropout: float
+) -> nn.Module:
+    if name == "transformer":
+        if dim % heads:
+            expected = f"a divisor of embed_dim = {dim}"
+            raise InputError("stage1.model.transformer.num_heads", "does not fit", found=heads, expected=expected)
+        return TransformerBlock(dim, heads, mlp_ratio, dropout)
+    if name == "conv1dnext":
+        return ConvNextBlock(dim, kernel_size, mlp_ratio, dropout)
+    expected = "null, transformer or conv1dnext"
+    raise InputError("stage1.model.hidden_model", "unknown hidden model", found=name, expected=expected)

@@ -1,0 +1,415 @@
+"""Stage 2: the distribution of BOLD around the anchor, by conditional flow matching in a latent space.
+
+The path, the loss and the solver are those of Matcha-TTS (arXiv 2309.03199; OT-CFM, arXiv 2302.00482), as small
+pure functions. The latent is ours by default: principal components of the training BOLD, standardised and frozen,
+because a projection that is trained by the flow loss collapses (the loss is least where the latent is 0). Outside of the
+latent the anchor keeps its word.
+
+An item is one (window, subject) pair: N items, T TRs, V parcels, d latent dimensions, S subjects. BOLD and anchors are
+(N, T, V); what the network sees is (N, d, T) with a mask (N, 1, T), padded to a length that its levels divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.errors import InputError
+from trainer.models.randomness import fold_in, keyed, normal, number_sites, uniform
+from trainer.models.unet import UNet
+
+SITE_NOISE, SITE_TIME, SITE_START, SITE_COMPLEMENT = range(4)
+"""What the items' keys are used for: z, t, whether t is 0, and the noise outside the latent."""
+
+START_FRACTION = 0.1
+"""The part of training draws with t = 0, where the posterior mean is read off (`skip` only)."""
+
+RECONSTRUCTION_WEIGHT = 0.1
+"""Weight of the trainable projection's reconstruction error, as published."""
+
+
+def flow_path(x1: Tensor, z: Tensor, t: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:
+    """The state and the velocity to learn: y = (1 - (1 - sigma_min) t) z + t x1, u = x1 - (1 - sigma_min) z = dy/dt.
+
+    Shapes: x1, z (N, d, T), t (N,) -> y, u (N, d, T).
+    """
+    t = t[:, None, None]
+    return (1 - (1 - sigma_min) * t) * z + t * x1, x1 - (1 - sigma_min) * z
+
+
+def flow_loss(velocity: Tensor, target: Tensor, mask: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Sum of the masked squared error / (count x d).
+
+    Args:
+        velocity, target: (N, d, T); mask: (N, 1, T), 1 at valid TRs.
+        count: valid (item, TR) pairs of the global batch (all ranks, all micro-batches); None for this batch's.
+    """
+    total = mask.sum() if count is None else torch.as_tensor(count, device=target.device)
+    error = (velocity.float() - target).square() * mask
+    return error.sum() / (total.clamp(min=1) * target.shape[1])
+
+
+def linear_guess(t: Tensor, sigma_min: float) -> Tensor:
+    """The factor c(t) of the best linear guess of the velocity. (N,) -> (N,).
+
+    With x1 = mu + r, r and z independent of variance 1 and a = 1 - (1 - sigma_min) t, the state is y = a z + t x1, so
+    y - t mu = a z + t r, and the best linear guess of u - mu = r - (1 - sigma_min) z from it is c (y - t mu),
+
+        c(t) = (t - (1 - sigma_min) a) / (a^2 + t^2),     E[u | y, mu] = c y + (1 - t c) mu.
+
+    For sigma_min = 0 this is (t - (1 - t)) / ((1 - t)^2 + t^2). c(0) = -(1 - sigma_min) exactly, so at t = 0 the rest,
+    u - c y, is x1 itself.
+    """
+    a = 1 - (1 - sigma_min) * t
+    return (t - (1 - sigma_min) * a) / (a.square() + t.square())
+
+
+def euler(field: Callable[[Tensor, Tensor], Tensor], z: Tensor, n_timesteps: int) -> Tensor:
+    """Follow dy/dt = field(y, t) from y = z at t = 0 to t = 1 in equal steps; field takes t as (N,)."""
+    y = z
+    for step in range(n_timesteps):
+        t = torch.full((z.shape[0],), step / n_timesteps, device=z.device, dtype=z.dtype)
+        y = y + field(y, t) / n_timesteps
+    return y
+
+
+class Latent(nn.Module):
+    """Standardised principal components of BOLD: z = P (x - m) / s, frozen.
+
+    Buffers: mean m (S, V), each subject's; basis P (d, V), orthonormal rows; scale s (d,), the training standard
+    deviations; residual_std (S, V), of what a sample adds outside of the latent (held-out residuals of the anchor). All but
+    the last are NaN until they are fitted or loaded, so that a latent which was forgotten cannot pass for one.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+    residual_std: Tensor
+
+    def __init__(self, n_subjects: int, n_parcels: int, latent_dim: int) -> None:
+        super().__init__()
+        _check_latent_dim(latent_dim, n_parcels)
+        self.register_buffer("mean", torch.full((n_subjects, n_parcels), torch.nan))
+        self.register_buffer("basis", torch.full((latent_dim, n_parcels), torch.nan))
+        self.register_buffer("scale", torch.full((latent_dim,), torch.nan))
+        self.register_buffer("residual_std", torch.zeros(n_subjects, n_parcels))
+
+    def encode(self, x: Tensor, subject: Tensor) -> Tensor:
+        """(N, T, V), (N,) -> (N, T, d). In full precision also under autocast: the signal is small."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - self.mean[subject][:, None]) @ self.basis.T / self.scale
+
+    def decode(self, z: Tensor, anchor: Tensor, subject: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x = m + P^T (s z) + (I - P^T P)(mu - m + e), with e = `noise` (N, T, V).
+
+        Computed as mu + e + P^T (s (z - encode(mu)) - P e), which is the same and returns the anchor itself, to the
+        bit, where z is its encoding. z (N, T, d), anchor mu (N, T, V) -> (N, T, V).
+        """
+        with torch.autocast(anchor.device.type, enabled=False):
+            anchor = anchor.float()
+            change = (z.float() - self.encode(anchor, subject)) * self.scale
+            if noise is None:
+                return anchor + change @ self.basis
+            return anchor + noise + (change - noise @ self.basis.T) @ self.basis
+
+    def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
+        """The part of x that the latent holds, P^T P (x - m). (N, T, V) -> (N, T, V)."""
+        return (self.encode(x, subject) * self.scale) @ self.basis
+
+    def set_residual_std(self, residual_std: Tensor) -> None:
+        """Take (S, V) standard deviations of BOLD minus the anchor, measured where the anchor was not trained."""
+        if residual_std.shape != self.residual_std.shape:
+            raise ValueError(f"found {tuple(residual_std.shape)}, expected {tuple(self.residual_std.shape)}")
+        self.residual_std.copy_(residual_std)
+
+
+class LinearLatent(nn.Module):
+    """The published projection: a trainable linear layer V -> d and another one back, with no complement.
+
+    It collapses under the flow loss; its standard deviation is worth watching (`FlowMatching.latent_std`).
+    """
+
+    def __init__(self, n_parcels: int, latent_dim: int) -> None:
+        super().__init__()
+        _check_latent_dim(latent_dim, n_parcels)
+        self.forth = nn.Linear(n_parcels, latent_dim)
+        self.back = nn.Linear(latent_dim, n_parcels)
+
+    def encode(self, x: Tensor, subject: Tensor) -> Tensor:
+        """(N, T, V) -> (N, T, d); subjects share the projection."""
+        return self.forth(x)
+
+    def decode(self, z: Tensor, anchor: Tensor, subject: Tensor, noise: Tensor | None = None) -> Tensor:
+        """(N, T, d) -> (N, T, V)."""
+        return self.back(z)
+
+    def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
+        """x as the latent reproduces it. (N, T, V) -> (N, T, V)."""
+        return self.back(self.forth(x))
+
+
+class CovarianceAccumulator:
+    """The pooled within-subject covariance of BOLD, in one pass and float64.
+
+    Each run is centred on its own mean before its scatter is added, and the means are combined by Chan's update
+    (Chan, Golub and LeVeque 1983), so that a large mean costs no digits.
+    """
+
+    def __init__(self, n_subjects: int, n_parcels: int) -> None:
+        self.count = torch.zeros(n_subjects, dtype=torch.float64)
+        self.mean = torch.zeros(n_subjects, n_parcels, dtype=torch.float64)
+        self.scatter = torch.zeros(n_parcels, n_parcels, dtype=torch.float64)
+
+    def update(self, bold: Tensor, subject: int) -> None:
+        """Add TRs (T, V) of the subject with this index. Give valid TRs only."""
+        if bold.shape[0] == 0:
+            return
+        bold = bold.to("cpu", torch.float64)
+        old, new = self.count[subject].item(), bold.shape[0]
+        mean = bold.mean(0)
+        centred = bold - mean
+        shift = mean - self.mean[subject]
+        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (old * new / (old + new))
+        self.mean[subject] += shift * (new / (old + new))
+        self.count[subject] += new
+
+    def covariance(self) -> Tensor:
+        """(V, V) float64: the scatter about each subject's own mean / the number of TRs."""
+        return self.scatter / self.count.sum().clamp(min=1)
+
+    def fit(self, latent_dim: int) -> Latent:
+        """The latent of the `latent_dim` directions of largest variance.
+
+        The sign of each is fixed (its largest entry is positive), so that the same data give the same latent.
+
+        Raises:
+            InputError: where latent_dim is larger than the number of parcels, or BOLD does not vary at all.
+        """
+        subjects, parcels = self.mean.shape
+        latent = Latent(subjects, parcels, latent_dim)
+        values, vectors = torch.linalg.eigh(self.covariance())
+        values, basis = values.flip(0)[:latent_dim], vectors.flip(1)[:, :latent_dim].T
+        if not values[0] > 0:
+            raise InputError("training BOLD", "it does not vary", found=f"{int(self.count.sum())} TRs")
+        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+        latent.mean.copy_(self.mean)
+        latent.basis.copy_(basis * largest.sign())
+        # a direction in which BOLD never moved (a constant parcel) has no scale; any small one keeps its z near 0
+        latent.scale.copy_(values.clamp(min=1e-10 * values[0].item()).sqrt())
+        return latent
+
+
+class FlowMatching(nn.Module):
+    """The whole of stage 2.
+
+    Args:
+        decoder: options of the `UNet` (`stage2.decoder`).
+        parametrisation: `skip`: v = F(y, mu, t) + c(t) y, F = network + (1 - t c(t)) mu (see `linear_guess`), the
+            network's last layer being 0 at the start, so that the untrained model's mean is the anchor; `velocity`: v is
+            the network's output (published).
+        projection: `pca`, or `linear` (published).
+        subjects: `embedding`: one field, told the subject by a vector added to the time embedding; `separate`: one
+            field for each subject.
+
+    Raises:
+        InputError: for a latent wider than BOLD, or a name that is not known.
+    """
+
+    def __init__(
+        self,
+        n_subjects: int,
+        n_parcels: int,
+        latent_dim: int,
+        decoder: Mapping[str, Any],
+        *,
+        sigma_min: float = 1e-4,
+        n_timesteps: int = 25,
+        parametrisation: str = "skip",
+        projection: str = "pca",
+        subjects: str = "embedding",
+    ) -> None:
+        super().__init__()
+        _check_choice("stage2.parametrisation", parametrisation, ("skip", "velocity"))
+        _check_choice("stage2.projection", projection, ("pca", "linear"))
+        _check_choice("stage2.subjects", subjects, ("embedding", "separate"))
+        self.latent_dim, self.sigma_min, self.n_timesteps = latent_dim, sigma_min, n_timesteps
+        self.skip = parametrisation == "skip"
+        self.latent: Latent | LinearLatent
+        if projection == "pca":
+            self.latent = Latent(n_subjects, n_parcels, latent_dim)
+        else:
+            self.latent = LinearLatent(n_parcels, latent_dim)
+        copies = n_subjects if subjects == "separate" else 1
+        self.estimators = nn.ModuleList(UNet(latent_dim, **decoder) for _ in range(copies))
+        first = self.estimators[0]
+        assert isinstance(first, UNet)
+        self.length_factor = first.length_factor
+        self.subject_embedding = nn.Embedding(n_subjects, first.time_dim) if subjects == "embedding" else None
+        if self.subject_embedding is not None:
+            nn.init.normal_(self.subject_embedding.weight, std=0.02)
+        if self.skip:
+            for estimator in self.estimators:
+                assert isinstance(estimator, UNet)
+                estimator.zero_last_layer()
+        number_sites(self)
+
+    def fit_latent(self, training_bold: CovarianceAccumulator) -> None:
+        """Take the principal components of the training BOLD (`pca` only; the residual std stays as it is)."""
+        assert isinstance(self.latent, Latent), "a linear projection is trained, not fitted"
+        fitted = training_bold.fit(self.latent_dim)
+        fitted.residual_std.copy_(self.latent.residual_std)
+        self.latent.load_state_dict(fitted.state_dict())
+
+    def loss(
+        self,
+        bold: Tensor,
+        anchor: Tensor,
+        mask: Tensor,
+        subject: Tensor,
+        keys: Tensor,
+        count: Tensor | int | None = None,
+    ) -> Tensor:
+        """The flow-matching loss; plus, for the linear projection, 0.1 x its reconstruction error.
+
+        Args:
+            bold, anchor: (N, T, V).
+            mask: (N, T) bool, True at the TRs that exist; they come first.
+            subject: (N,) int64 subject indices.
+            keys: (N,) from `randomness.make_keys`: noise, time and dropout follow from them.
+            count: valid (item, TR) pairs of the global batch; None for this batch's. The losses of a batch's parts then
+                add up to the loss of the whole.
+        """
+        total = mask.sum() if count is None else count
+        x1, valid = self._into_latent(bold, mask, subject)
+        mu, _ = self._into_latent(anchor, mask, subject)
+        z = self._noise(keys, x1.shape[2])
+        t = uniform(keys, SITE_TIME)
+        if self.skip:
+            t = torch.where(uniform(keys, SITE_START) < START_FRACTION, torch.zeros_like(t), t)
+        y, target = flow_path(x1, z, t, self.sigma_min)
+        loss = flow_loss(self.velocity(y, valid, mu, t, subject, keys), target, valid, total)
+        if isinstance(self.latent, LinearLatent):
+            error = (self.latent.subspace(bold, subject).float() - bold).transpose(1, 2)
+            loss = loss + RECONSTRUCTION_WEIGHT * flow_loss(error, torch.zeros_like(error), mask[:, None], total)
+        return loss
+
+    def velocity(
+        self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor
+    ) -> Tensor:
+        """The field at states y (N, d, T) and times t (N,), given mu (N, d, T): (N, d, T), 0 where not valid."""
+        v = self._network(y, valid, mu, t, subject, keys)
+        if not self.skip:
+            return v
+        c = linear_guess(t, self.sigma_min)[:, None, None]
+        return (v + (1 - t[:, None, None] * c) * mu + c * y) * valid
+
+    @torch.no_grad()
+    def posterior_mean(
+        self, anchor: Tensor, mask: Tensor, subject: Tensor, keys: Tensor, n_draws: int = 4
+    ) -> Tensor:
+        """E[x | anchor] from the field at t = 0, where y = z knows nothing of x1: E[x1 | mu] = v + (1 - sigma_min) z.
+
+        The network has learned to cancel z only approximately: a few z are averaged. In `skip` this is
+        F = network + mu. Shapes as in `loss`; returns (N, T, V).
+        """
+        mu, valid = self._into_latent(anchor, mask, subject)
+        start = torch.zeros(mu.shape[0], device=mu.device)
+        total = torch.zeros_like(mu)
+        for draw in range(n_draws):
+            draw_keys = fold_in(keys, draw)
+            z = self._noise(draw_keys, mu.shape[2])
+            total += self._network(z, valid, mu, start, subject, draw_keys)
+            if not self.skip:
+                total += (1 - self.sigma_min) * z * valid
+        mean = total / n_draws + mu if self.skip else total / n_draws
+        return self._out_of_latent(mean, anchor, subject)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        anchor: Tensor,
+        mask: Tensor,
+        subject: Tensor,
+        keys: Tensor,
+        n_timesteps: int | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """One draw of BOLD given the anchor: Euler in the latent, fresh noise of the residuals' size outside of it.
+
+        Args:
+            n_timesteps: Euler steps; None for the model's own number.
+            temperature: scales all noise, inside and outside of the latent.
+
+        Returns:
+            (N, T, V); other shapes as in `loss`. For several samples give each its own keys (`randomness.fold_in`).
+        """
+        mu, valid = self._into_latent(anchor, mask, subject)
+        z = self._noise(keys, mu.shape[2]) * temperature
+
+        def field(y: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(y, valid, mu, t, subject, keys)
+
+        solution = euler(field, z, self.n_timesteps if n_timesteps is None else n_timesteps)
+        noise = None
+        if isinstance(self.latent, Latent):
+            unit = normal(keys, SITE_COMPLEMENT, tuple(anchor.shape[1:]))
+            noise = temperature * unit * self.latent.residual_std[subject][:, None]
+        return self._out_of_latent(solution, anchor, subject, noise)
+
+    @torch.no_grad()
+    def latent_std(self, bold: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
+        """The standard deviation of each latent dimension over the valid TRs of bold (N, T, V): (d,)."""
+        return self.latent.encode(bold, subject)[mask].float().std(0, correction=0)
+
+    def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
+        """The part of x (N, T, V) that the latent can hold, so that scores can be taken inside it."""
+        return self.latent.subspace(x, subject)
+
+    def _network(
+        self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor
+    ) -> Tensor:
+        """The estimator's output in float32, each item's by its subject's estimator."""
+        if self.subject_embedding is not None:
+            with keyed(keys):
+                return self.estimators[0](y, valid, mu, t, self.subject_embedding(subject)).float()
+        out = torch.zeros_like(y)
+        for index, estimator in enumerate(self.estimators):
+            rows = (subject == index).nonzero()[:, 0]
+            if len(rows):
+                with keyed(keys[rows]):
+                    part = estimator(y[rows], valid[rows], mu[rows], t[rows])
+                out = out.index_copy(0, rows, part.float())
+            elif self.training:
+                # every parameter takes part in every step, on every rank, whichever subjects its items have
+                out = out + 0.0 * torch.stack([parameter.sum() for parameter in estimator.parameters()]).sum()
+        return out
+
+    def _into_latent(self, x: Tensor, mask: Tensor, subject: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, T, V) -> latent (N, d, T') with zeros at masked TRs, and mask (N, 1, T'); T' is T padded."""
+        z = self.latent.encode(x, subject).float().masked_fill(~mask[:, :, None], 0.0)
+        padding = -x.shape[1] % self.length_factor
+        return F.pad(z.transpose(1, 2), (0, padding)), F.pad(mask[:, None], (0, padding)).to(z.dtype)
+
+    def _out_of_latent(self, z: Tensor, anchor: Tensor, subject: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latent (N, d, T') -> BOLD (N, T, V)."""
+        return self.latent.decode(z[:, :, : anchor.shape[1]].transpose(1, 2), anchor, subject, noise)
+
+    def _noise(self, keys: Tensor, length: int) -> Tensor:
+        """(N, d, length) standard normal; a TR's noise does not depend on how many TRs follow."""
+        return normal(keys, SITE_NOISE, (length, self.latent_dim)).transpose(1, 2)
+
+
+def _check_latent_dim(latent_dim: int, n_parcels: int) -> None:
+    if latent_dim > n_parcels:
+        raise InputError(
+            "stage2.latent_dim", "larger than the BOLD", found=latent_dim, expected=f"at most {n_parcels} parcels"
+        )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(key, "unknown choice", found=value, expected=" or ".join(choices))

@@ -1,0 +1,104 @@
+"""Pearson r per subject and parcel, in one pass over batches.
+
+BOLD of 65 hours does not fit next to a model, so r is built from running means and co-moments that merge exactly
+(Chan, Golub and LeVeque 1983, pairwise update), in float64: the result does not depend on how the TRs were cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """r of every subject and parcel.
+
+    r: (S, V) float64; 0 where the BOLD or the prediction is constant; NaN for a subject without TRs.
+    n_trs: (S,) TRs of each subject.
+    n_constant: entries of r that are 0 because something was constant.
+    """
+
+    r: np.ndarray
+    n_trs: np.ndarray
+    n_constant: int
+
+    @property
+    def per_subject(self) -> np.ndarray:
+        """(S,) mean r over parcels; NaN for a subject without TRs."""
+        return self.r.mean(axis=1)
+
+    @property
+    def overall(self) -> float:
+        """Mean over parcels, then over the subjects that have TRs; NaN where none has."""
+        present = self.n_trs > 0
+        return float(self.per_subject[present].mean()) if present.any() else float("nan")
+
+
+class PearsonR:
+    """Accumulates prediction and BOLD; `compute` gives r over all TRs seen."""
+
+    def __init__(self, n_subjects: int, n_parcels: int) -> None:
+        shape = (n_subjects, n_parcels)
+        self.n = np.zeros(n_subjects, dtype=np.int64)
+        self.mean_x, self.mean_y = np.zeros(shape), np.zeros(shape)
+        self.xx, self.yy, self.xy = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+
+    def update(self, prediction: Tensor, bold: Tensor, valid: Tensor) -> None:
+        """Take in TRs of any number of windows.
+
+        Args:
+            prediction, bold: (B, S, T, V).
+            valid: (B, S, T) bool; what stands where it is false is not read.
+        """
+        for subject in range(len(self.n)):
+            rows = valid[:, subject].cpu()
+            x = prediction[:, subject].detach().to("cpu", torch.float64)[rows].numpy()
+            y = bold[:, subject].to("cpu", torch.float64)[rows].numpy()
+            if len(x):
+                self._merge(subject, *_moments(x, y))
+
+    def merge(self, other: PearsonR) -> None:
+        """Take in all that another accumulator has seen (another rank, say)."""
+        for s in range(len(self.n)):
+            if other.n[s]:
+                moments = (int(other.n[s]), other.mean_x[s], other.mean_y[s], other.xx[s], other.yy[s], other.xy[s])
+                self._merge(s, *moments)
+
+    def _merge(
+        self, s: int, n: int, mean_x: np.ndarray, mean_y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray
+    ) -> None:
+        before, total = int(self.n[s]), int(self.n[s]) + n
+        dx, dy = mean_x - self.mean_x[s], mean_y - self.mean_y[s]
+        weight = before * n / total
+        self.xx[s] += xx + dx * dx * weight
+        self.yy[s] += yy + dy * dy * weight
+        self.xy[s] += xy + dx * dy * weight
+        self.mean_x[s] += dx * (n / total)
+        self.mean_y[s] += dy * (n / total)
+        self.n[s] = total
+
+    def compute(self) -> Correlation:
+        """r over everything seen so far."""
+        constant = _is_constant(self.xx, self.mean_x, self.n) | _is_constant(self.yy, self.mean_y, self.n)
+        product = np.sqrt(np.where(constant, 1.0, self.xx) * np.where(constant, 1.0, self.yy))
+        r = np.where(constant, 0.0, self.xy / product)
+        present = self.n > 0
+        r[~present] = np.nan
+        return Correlation(r=r, n_trs=self.n.copy(), n_constant=int(constant[present].sum()))
+
+
+def _moments(x: np.ndarray, y: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Count, means and centred second moments of x and y (n, V)."""
+    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+    x, y = x - mean_x, y - mean_y
+    return len(x), mean_x, mean_y, (x * x).sum(axis=0), (y * y).sum(axis=0), (x * y).sum(axis=0)
+
+
+def _is_constant(second_moment: np.ndarray, mean: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Whether a series varies by no more than the rounding of float32 values around its mean."""
+    rounding = (np.finfo(np.float32).eps * np.abs(mean)) ** 2 * np.maximum(n, 1)[:, None] / 4
+    return second_moment <= rounding

@@ -1,0 +1,149 @@
+"""From the checkpoints of a run to something that predicts whole runs.
+
+A predictor takes a batch and gives named pairs (prediction, target), each (B, S, T, V); the pairs named like an
+estimate (`mean`, `sample`) become score files, the others stand beside them in the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.config import Config
+from trainer.data.loader import Batch
+from trainer.data.study import Study
+from trainer.errors import InputError
+from trainer.models.anchor import Anchor
+from trainer.models.build import Shapes, build_anchor, build_flow
+from trainer.models.flow import FlowMatching
+from trainer.models.randomness import make_keys
+from trainer.run import checkpoint
+from trainer.run.directory import StageDirectory
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+Predictor = Callable[[Batch], Pairs]
+
+# Scores draw their noise from an epoch that no training reaches.
+SCORING_EPOCH = 2**31 - 1
+
+
+def shapes_of(study: Study) -> Shapes:
+    """What the shards and the configuration ask of the models."""
+    streams = [(stream.name, stream.layers, stream.width) for stream in study.streams]
+    return Shapes(streams, study.manifest.subjects, study.manifest.parcels)
+
+
+def anchor_predictor(anchor: Anchor) -> Predictor:
+    """Stage 1: the anchor itself is the mean."""
+
+    @torch.no_grad()
+    def predict(batch: Batch) -> Pairs:
+        anchor.eval()
+        return {"mean": (anchor(batch.features, batch.mask), batch.bold)}
+
+    return predict
+
+
+def flow_predictor(anchor: Anchor, flow: FlowMatching, config: Config, estimates: Sequence[str]) -> Predictor:
+    """Stage 2: the posterior mean or one sample around the anchor, and what both are inside the latent's subspace.
+
+    Pairs: the estimates asked for, each with `<estimate>_subspace` (prediction and BOLD projected), and `anchor` and
+    `anchor_subspace` to compare with.
+    """
+    options = config.stage2
+
+    @torch.no_grad()
+    def predict(batch: Batch) -> Pairs:
+        anchor.eval()
+        flow.eval()
+        mu = anchor(batch.features, batch.mask)
+        items = Items(batch, config.seed, SCORING_EPOCH)
+        around = items.take(mu)
+        pairs: Pairs = {}
+        predictions = {"anchor": around}
+        if "mean" in estimates:
+            predictions["mean"] = flow.posterior_mean(
+                around, items.mask, items.subject, items.keys, n_draws=options.posterior_draws
+            )
+        if "sample" in estimates:
+            predictions["sample"] = flow.sample(
+                around, items.mask, items.subject, items.keys, temperature=options.temperature
+            )
+        inside = items.put(flow.subspace(items.take(batch.bold), items.subject), batch.bold)
+        for name, prediction in predictions.items():
+            pairs[name] = (items.put(prediction, batch.bold), batch.bold)
+            pairs[f"{name}_subspace"] = (items.put(flow.subspace(prediction, items.subject), batch.bold), inside)
+        return pairs
+
+    return predict
+
+
+class Items:
+    """The (window, subject) pairs of a batch that have BOLD: what stage 2 learns from and predicts one by one.
+
+    Attributes:
+        window, subject: (N,) indices into the batch and the subject axis.
+        mask: (N, T) bool.
+        keys: (N,) int64 keys of each pair's randomness.
+    """
+
+    def __init__(self, batch: Batch, seed: int, epoch: int) -> None:
+        self.window, self.subject = batch.subject_mask.nonzero(as_tuple=True)
+        self.mask = batch.mask[self.window]
+        self.keys = make_keys(seed, epoch, batch.windows[self.window], self.subject)
+
+    def take(self, values: Tensor) -> Tensor:
+        """(B, S, T, V) -> (N, T, V)."""
+        return values[self.window, self.subject]
+
+    def put(self, values: Tensor, like: Tensor) -> Tensor:
+        """(N, T, V) -> (B, S, T, V), zeros where a subject has no BOLD."""
+        whole = torch.zeros_like(like, dtype=values.dtype)
+        whole[self.window, self.subject] = values
+        return whole
+
+
+def load_predictor(
+    directory: StageDirectory,
+    number: int,
+    step: int,
+    study: Study,
+    device: torch.device,
+    estimates: Sequence[str] = ("mean",),
+) -> Predictor:
+    """The predictor of one checkpoint of a stage.
+
+    Raises:
+        InputError: the checkpoint is damaged, or does not fit the shards.
+    """
+    folder = checkpoint.folder_of(directory.checkpoints, step)
+    if number == 1:
+        return anchor_predictor(load_anchor(folder, study, device))
+    anchor = load_anchor(directory.anchor, study, device)
+    flow = build_flow(study.config.stage2, shapes_of(study))
+    flow.load_state_dict(_weights(folder, study))
+    return flow_predictor(anchor, flow.to(device), study.config, estimates)
+
+
+def load_anchor(folder: Path, study: Study, device: torch.device) -> Anchor:
+    """An anchor with the weights of a checkpoint folder."""
+    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
+    anchor.load_state_dict(_weights(folder, study))
+    return anchor.to(device)
+
+
+def _weights(folder: Path, study: Study) -> dict[str, Tensor]:
+    found = checkpoint.load(folder, weights_only=True)
+    expected = shapes_of(study).as_json()
+    for key, value in expected.items():
+        if found.meta["shapes"].get(key) != value:
+            raise InputError(
+                folder,
+                f"{key} do not fit the shards {study.config.data.shards}",
+                found=f"{found.meta['shapes'].get(key)} in the checkpoint",
+                expected=f"{value} as in the shards",
+            )
+    return found.model

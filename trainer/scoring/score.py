@@ -1,0 +1,148 @@
+"""One predictor and one set of runs make one score file, with the r of every parcel beside it.
+
+    scores/step_00000500-val-mean.json     {"stage": 1, "step": 500, "set": "val", "estimate": "mean", "pearson_r": ...}
+    scores/step_00000500-val-mean.npy      (S, V) float64
+
+Runs are scored whole and one at a time, so memory does not grow with the set.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.data.loader import whole_runs
+from trainer.data.study import Study
+from trainer.run import checkpoint
+from trainer.run.directory import StageDirectory, write_json
+from trainer.scoring.metrics import Correlation, PearsonR
+from trainer.scoring.predictor import Predictor, load_predictor
+
+ESTIMATES = ("mean", "sample")
+
+
+def score_checkpoint(
+    directory: StageDirectory,
+    stage: int,
+    step: int,
+    study: Study,
+    sets: Sequence[str],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Score one checkpoint on some sets, write the score files and print them through `say`.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged, or does not fit the shards.
+    """
+    predictor = load_predictor(directory, stage, step, study, device, ESTIMATES[:1] if stage == 1 else ESTIMATES)
+    epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
+    for set_name in sets:
+        correlations = score_set(predictor, study, set_name, device)
+        subjects = study.manifest.subjects
+        written = write_scores(
+            directory, correlations, subjects, stage=stage, step=step, set_name=set_name, epoch=epoch
+        )
+        for estimate, score in written.items():
+            say(f"{directory.path}: step {step}, {estimate} on {set_name}")
+            say("\n".join(lines(score)))
+
+
+def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.device) -> dict[str, Correlation]:
+    """r of every pair that the predictor gives, over all TRs of a set."""
+    accumulators: dict[str, PearsonR] = {}
+    size = (len(study.manifest.subjects), study.manifest.parcels)
+    for batch in whole_runs(study.shards, study.spans[set_name], study.streams, study.scaling):
+        batch = batch.to(device)
+        valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
+        for name, (prediction, target) in predictor(batch).items():
+            accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
+    return {name: accumulator.compute() for name, accumulator in accumulators.items()}
+
+
+def write_scores(
+    directory: StageDirectory,
+    correlations: dict[str, Correlation],
+    subjects: Sequence[str],
+    *,
+    stage: int,
+    step: int,
+    set_name: str,
+    **facts: Any,
+) -> dict[str, dict[str, Any]]:
+    """Write one score file for each estimate; returns estimate -> what the file holds."""
+    written = {}
+    for estimate in (name for name in ESTIMATES if name in correlations):
+        content = {
+            "stage": stage,
+            "step": step,
+            "set": set_name,
+            "estimate": estimate,
+            "subjects": list(subjects),
+            **summary(correlations[estimate], subjects),
+            **facts,
+        }
+        beside = {"subspace": f"{estimate}_subspace", "anchor": "anchor", "anchor_subspace": "anchor_subspace"}
+        for key, name in beside.items():
+            if name in correlations:
+                content[f"pearson_r_{key}"] = _finite(correlations[name].overall)
+        stem = directory.scores / f"step_{step:08d}-{set_name}-{estimate}"
+        _write_array(stem.with_suffix(".npy"), correlations[estimate].r)
+        write_json(stem.with_suffix(".json"), content)
+        written[estimate] = content
+    return written
+
+
+def summary(correlation: Correlation, subjects: Sequence[str]) -> dict[str, Any]:
+    """The part of a score file that follows from r: overall, per subject, TRs, constant parcels."""
+    per_subject = {
+        label: _finite(r)
+        for label, r, n in zip(subjects, correlation.per_subject, correlation.n_trs, strict=True)
+        if n > 0
+    }
+    return {
+        "pearson_r": _finite(correlation.overall),
+        "per_subject": per_subject,
+        "n_trs": int(correlation.n_trs.max(initial=0)),
+        "n_constant_parcels": correlation.n_constant,
+    }
+
+
+def lines(score: dict[str, Any]) -> list[str]:
+    """The score as it is printed."""
+    title = f"Stage {score['stage']}" + (f" Epoch {score['epoch']}" if score["stage"] == 2 else "")
+    overall = [f"{title} Overall Pearson's r: {_printed(score['pearson_r'])}"]
+    subjects = [f"{title} - Sub {label} Mean Pearson's r: {_printed(r)}" for label, r in score["per_subject"].items()]
+    inside = []
+    if score.get("pearson_r_subspace") is not None:
+        inside = [
+            f"{title} r inside the subspace: {_printed(score['pearson_r_subspace'])} (the anchor's: "
+            f"{_printed(score['pearson_r_anchor_subspace'])}; outside and in, the anchor's r is "
+            f"{_printed(score['pearson_r_anchor'])})"
+        ]
+    return overall + subjects + inside
+
+
+def _printed(r: float | None) -> str:
+    return "not a number" if r is None else f"{r:.4f}"
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(buffer.getvalue())
+    aside.replace(path)
