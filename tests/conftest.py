@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # tests import the tools as `tools.make_shards`
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Small tensors gain nothing from threads, and lose much where cores are shared.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@
 
     python tools/overfit.py --config configs/full.yaml --subject-idx 0 --steps 500
 
-Trains the flow of a configuration on one fixed batch of one subject, with new noise at every step, around the run's
-anchor where it has one (--run) and around a mean of zero otherwise. Prints the losses and the r of a 25-step sample with
-its target, and exits with status 1 unless the mean of the last 20 losses is below --threshold of the first.
+Trains the flow of a configuration on one fixed batch of one subject, with new noise at every step, around a mean of
+zero (or the anchor of a run, with --run). Prints the losses and the r of a 25-step sample with its target, and exits
+with status 1 unless the mean of the last 20 losses is below --threshold of the first.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def one_batch(study: Study, subject: int, run: Path | None, device: torch.device
     if not mine:
         raise InputError("--subject-idx", f"subject {subjects[subject]} has no BOLD in the training set")
     plan = study.plan(mine, study.config.seed)
-    batch = make_batch(study.shards, plan.batch(0, 0), study.streams, study.config.sample_length, study.scaling)
+    batch = make_batch(
+        study.shards, plan.batch(0, 0), study.streams, study.scaling, sample_length=study.config.sample_length
+    )
     if run is None:
         return replace(batch, anchor=torch.zeros_like(batch.bold))
     anchor = load_anchor(RunDirectory(run).stage(2).anchor, study, device)

@@ -1,7 +1,7 @@
 """The one command line: `python -m trainer <command>`, the console script `fmri-flow`, and what every launcher calls.
 
-Thin on purpose: it reads arguments, opens a run and hands over. Bad input ends with one line and status 2, a signal with
-128 + its number; everything else is our mistake and keeps its traceback.
+Thin on purpose: it reads arguments, opens a run and hands over. Bad input ends with one line and status 2, a signal
+with 128 + its number; everything else is our mistake and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from trainer.errors import InputError, exit_on_input_error
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes one group of positionals only; overrides may stand anywhere
+    if rest and ("overrides" not in arguments or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = [*getattr(arguments, "overrides", []), *rest]
     status: int = arguments.run_command(arguments)
     return status
 
@@ -66,8 +71,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from trainer.run.directory import RunDirectory
     from trainer.evaluation.evaluate import evaluate
+    from trainer.run.directory import RunDirectory
 
     run = RunDirectory(arguments.run)
     stages = [int(arguments.stage)] if arguments.stage else [n for n in (1, 2) if run.stage(n).has_started()]
@@ -75,5 +80,3 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise InputError(arguments.run, "holds no training", expected="a run directory with stage1/")
     evaluate(run, stages, arguments.step, arguments.sets)
     return 0
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
@@ -53,7 +53,7 @@ class Filter(StrictModel):
 class DatasetConfig(StrictModel):
     """One named set of runs: to train on, or to score."""
 
-    filter: Filter = Field(default_factory=lambda: Filter(), description="what the set takes (table below)")
+    filter: Filter = Field(Filter(), description="what the set takes (table below)")
 
 
 class DataConfig(StrictModel):
@@ -98,8 +98,8 @@ class AnchorConfig(StrictModel):
     hidden_model: Literal["transformer", "conv1dnext"] | None = Field(
         None, description="a model between pooling and decoders"
     )
-    transformer: TransformerConfig = Field(default_factory=lambda: TransformerConfig(), description="its options")
-    conv1dnext: Conv1dNextConfig = Field(default_factory=lambda: Conv1dNextConfig(), description="its options")
+    transformer: TransformerConfig = Field(TransformerConfig(), description="its options")
+    conv1dnext: Conv1dNextConfig = Field(Conv1dNextConfig(), description="its options")
     dropout: Fraction = Field(0.0, description="dropout in the hidden model")
     with_shared_decoder: bool = Field(True, description="a decoder that all subjects share")
     with_subject_decoders: bool = Field(True, description="a decoder of each subject's own, added")
@@ -137,14 +137,14 @@ class OptimisationConfig(StrictModel):
 class Stage1Config(OptimisationConfig):
     """Stage 1, the mean anchor."""
 
-    model: AnchorConfig = Field(default_factory=lambda: AnchorConfig(), description="architecture (table below)")
+    model: AnchorConfig = Field(AnchorConfig(), description="architecture (table below)")
     standardise_features: bool = Field(True, description="z-score every feature with the training set's statistics")
 
 
 class DecoderConfig(StrictModel):
     """The U-Net that estimates the velocity in stage 2."""
 
-    channels: list[Positive] = Field(default_factory=lambda: [256, 256], description="channels of each level")
+    channels: list[Positive] = Field([256, 256], description="channels of each level")
     dropout: Fraction = Field(0.05, description="dropout in its blocks")
     attention_head_dim: Positive = Field(64, description="width of one attention head")
     n_blocks: Positive = Field(1, description="attention blocks a level")
@@ -182,14 +182,14 @@ class Stage2Config(OptimisationConfig):
     subjects: Literal["embedding", "separate"] = Field(
         "embedding", description="one field told who the subject is, or one field per subject"
     )
-    decoder: DecoderConfig = Field(default_factory=lambda: DecoderConfig(), description="the U-Net (table below)")
-    cfm: FlowConfig = Field(default_factory=lambda: FlowConfig(), description="the path of the flow (table below)")
+    decoder: DecoderConfig = Field(DecoderConfig(), description="the U-Net (table below)")
+    cfm: FlowConfig = Field(FlowConfig(), description="the path of the flow (table below)")
     n_timesteps: Positive = Field(25, description="Euler steps of a sample")
     temperature: float = Field(1.0, ge=0, description="scale of the noise that a sample starts from")
     posterior_draws: Positive = Field(4, description="noise draws averaged in the posterior mean")
     cross_fit: NotNegative = Field(
         5,
-        description="folds of anchors that predict runs they have not seen, for stage 2 to learn from; 0: the anchor itself",
+        description="folds of anchors that predict runs they have not seen, to learn from; 0: the anchor",
     )
     snapshot_every_epochs: Positive = Field(5, description="epochs between checkpoints that are scored")
 
@@ -220,17 +220,17 @@ class Config(StrictModel):
     seed: NotNegative = Field(3315, description="everything random follows from it")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
     data: DataConfig = Field(description="where the data lie (table below)")
-    bold: BoldConfig = Field(default_factory=lambda: BoldConfig(), description="scaling of BOLD (table below)")
+    bold: BoldConfig = Field(BoldConfig(), description="scaling of BOLD (table below)")
     include_features: list[str] = Field(min_length=1, description="streams KEY/LAYER that the anchor reads")
     datasets: dict[str, DatasetConfig] = Field(description="named sets; `train` is trained on, the others are scored")
     val_set_name: str = Field(description="the set that chooses the number of steps")
     sample_length: Positive = Field(64, description="TRs of a training window")
     num_samples: Positive = Field(2000, description="windows of an epoch")
     batch_size: Positive = Field(16, description="windows of a global batch, whatever the number of processes")
-    stage1: Stage1Config = Field(default_factory=lambda: Stage1Config(), description="the mean anchor")
-    stage2: Stage2Config = Field(default_factory=lambda: Stage2Config(), description="the flow")
-    train: TrainConfig = Field(default_factory=lambda: TrainConfig(), description="around the stages")
-    checkpoint: CheckpointConfig = Field(default_factory=lambda: CheckpointConfig(), description="checkpoints")
+    stage1: Stage1Config = Field(Stage1Config(), description="the mean anchor")
+    stage2: Stage2Config = Field(Stage2Config(), description="the flow")
+    train: TrainConfig = Field(TrainConfig(), description="around the stages")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints")
     log_every: Positive = Field(25, description="steps between lines of the log")
 
     @model_validator(mode="after")
@@ -321,7 +321,7 @@ def documentation() -> dict[str, list[tuple[str, str, str]]]:
 def _section(annotation: Any) -> type[BaseModel] | None:
     candidates = (annotation, *get_args(annotation))
     models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-    return cast("type[BaseModel] | None", models[0] if models else None)
+    return models[0] if models else None
 
 
 def _as_yaml(value: Any) -> str:

@@ -43,6 +43,10 @@ class InputError(Exception):
             message = f"{message.rstrip('.')}. {fix}"
         super().__init__(" ".join(message.split()))
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # an error of a data worker reaches the training through pickle, as its finished message
+        return InputError, (str(self), "")
+
 
 def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a command's `main`: an `InputError` becomes one line on stderr and exit status 2."""

@@ -207,7 +207,7 @@ def test_a_padded_window_gives_what_the_unpadded_one_gives(name: str) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     length=st.integers(1, 70),
-    taps=st.integers(16, 64),
+    taps=st.integers(8, 32).map(lambda half: 2 * half + 1),
     causal=st.booleans(),
     blockwise=st.booleans(),
     seed=st.integers(0, 99),
@@ -265,7 +265,7 @@ def test_standardising_travels_with_the_weights_and_survives_a_constant_feature(
     assert anchor(_features()).isfinite().all()
     with pytest.raises(ValueError, match="stream 1"):
         anchor.set_standardising([torch.ones(5), torch.ones(3)], [torch.ones(5), torch.ones(3)])
-    with pytest.raises(ValueError, match="stream 0.*finite"):
+    with pytest.raises(ValueError, match=r"stream 0.*finite"):
         anchor.set_standardising([torch.full((5,), torch.nan), torch.ones(4)], scales)
 
 
@@ -353,12 +353,10 @@ def test_parts_of_a_batch_add_up_to_the_whole(cut: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_kernel_size": 4, "encoder_causal": True}, "encoder_kernel_size.*found 4"),
-        ({"pool": "max"}, "global_pool.*found max"),
-        ({"pool": "attn", "embed_dim": 6}, "embed_dim.*found 6"),
-        ({"hidden_model": "lstm"}, "hidden_model.*found lstm"),
-        ({"hidden_model": "transformer"}, "num_heads.*found 3"),
-        ({"shared_decoder": False, "subject_decoders": False}, "no decoder"),
+        ({"encoder_kernel_size": 4, "encoder_causal": True}, r"encoder_kernel_size.*found 4"),
+        ({"pool": "max"}, r"global_pool.*found max"),
+        ({"pool": "attn", "embed_dim": 6}, r"embed_dim.*found 6"),
+        ({"hidden_model": "lstm"}, r"hidden_model.*found lstm"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:

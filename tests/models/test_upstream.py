@@ -91,19 +91,19 @@ def test_a_missing_misshapen_or_unknown_tensor_is_named() -> None:
     with pytest.raises(InputError, match=r"no place for.*hidden_model\.blocks"):
         anchor_from_upstream(config, {**weights, "hidden_model.blocks.0.weight": torch.zeros(1)})
 
-    with pytest.raises(InputError, match="keys we do not know.*colour"):
+    with pytest.raises(InputError, match=r"keys we do not know.*colour"):
         anchor_from_upstream({**config, "colour": 1}, weights)
 
-    with pytest.raises(InputError, match="lacks keys.*target_dim"):
+    with pytest.raises(InputError, match=r"lacks keys.*target_dim"):
         anchor_from_upstream({key: value for key, value in config.items() if key != "target_dim"}, weights)
 
 
 def test_options_with_which_the_published_code_never_ran_are_refused() -> None:
     config, tensors = _read("anchor_avg")
     weights = with_prefix(tensors, "state_dict.")
-    with pytest.raises(InputError, match="global_pool.*found attn"):
+    with pytest.raises(InputError, match=r"global_pool.*found attn"):
         anchor_from_upstream({**config, "global_pool": "attn"}, weights)
-    with pytest.raises(InputError, match="decoder_kernel_size.*found 5"):
+    with pytest.raises(InputError, match=r"decoder_kernel_size.*found 5"):
         anchor_from_upstream({**config, "decoder_kernel_size": 5}, weights)
 
 

@@ -68,7 +68,7 @@ def test_a_missing_subject_is_left_out_of_the_mean_not_read_as_zero() -> None:
 def test_constant_parcels_have_r_0_and_are_counted(value: float) -> None:
     x, y = windows(np.random.default_rng(1), 50)
     y[0, 2, :, 3] = value
-    x[0, 0, :, 1] = np.float32(value)
+    x[0, 0, :, 1] = float(np.float32(value))
     accumulator = PearsonR(S, V)
     accumulator.update(x.float(), y.float(), torch.ones(1, S, 50, dtype=torch.bool))
     found = accumulator.compute()

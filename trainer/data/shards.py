@@ -118,6 +118,8 @@ class Shards:
         time_axis = 1 if name == BOLD else 0
         if not 0 <= start <= stop <= place.shape[time_axis]:
             raise ValueError(f"{described.key}: TRs {start} to {stop} are outside its {place.shape[time_axis]} TRs")
+        if row is not None and not (name == BOLD and 0 <= row < place.shape[0]):
+            raise ValueError(f"{described.key}: {name} has no row {row}")
         inner = place.shape[time_axis + 1 :]
         shape = (stop - start, *inner)
         if name == BOLD and row is None:

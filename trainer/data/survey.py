@@ -122,7 +122,8 @@ def survey(layout: Layout, root: Path, streams: Sequence[StreamRequest], series:
     """Find every run of the chosen series (all by default) below `root` and check names, shapes and lengths.
 
     Raises:
-        InputError: see the module's tests for the list; nothing has been written by then.
+        InputError: a file or data set that is missing, cannot be read or is there twice; shapes, widths, layers or
+            parcels that differ; lengths more than MAX_TRS_APART apart; a subject without any BOLD.
     """
     if not root.is_dir():
         raise InputError(root, "no such folder", expected="the folder that holds what the layout describes")

@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.run.directory import RunDirectory, StageDirectory
 
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 150,
     "font.size": 9,
     "axes.spines.top": False,
@@ -54,6 +54,7 @@ def draw_curves(run: RunDirectory) -> Path | None:
             xlabel="Step",
             ylabel="Pearson's r",
         )
+        _widen(row[1], at_least=0.01)
     return _save(figure, run.path / "curves.png")
 
 
@@ -97,6 +98,14 @@ def _curve(axis: Any, log: list[dict[str, Any]], kind: str, key: str, colour: st
     points = [(line["step"], line[key]) for line in log if line["kind"] == kind and line.get(key) is not None]
     if points:
         axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.2)
+
+
+def _widen(axis: Any, at_least: float) -> None:
+    """Keep the axis from showing differences that mean nothing as large ones."""
+    low, high = axis.get_ylim()
+    missing = max(0.0, at_least - (high - low)) / 2
+    axis.set_ylim(low - missing, high + missing)
+    axis.ticklabel_format(axis="y", useOffset=False)
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -1,14 +1,13 @@
 """Stage 1, the mean anchor: features of a film in, the expected BOLD of every subject out.
 
-The published encoder (MedARC's MultiSubjectConvLinearEncoder, arXiv 2507.19956): each feature stream is projected to
-a common width and smoothed over time by a depthwise convolution, which learns the haemodynamic response; the
-streams are pooled, optionally passed through a hidden model, and decoded to parcels by a decoder that all subjects share
-plus one of each subject's own. With `avg` pooling and no hidden model all of it is linear.
+The published encoder (MedARC's MultiSubjectConvLinearEncoder, arXiv 2507.19956): each feature stream is projected to a
+common width and smoothed over time by a depthwise convolution, which learns the haemodynamic response; the streams are
+pooled, optionally passed through a hidden model, and decoded to parcels by a decoder that all subjects share plus one
+of each subject's own. With `avg` pooling and no hidden model all of it is linear.
 
-Two things are ours. The streams are standardised inside the first projection (W / s, b - W m / s), so that neither
-training nor prediction ever makes a standardised copy of the features. And a mask says which TRs are real: the others
-are zeroed after the projection, where the convolution has its own zero padding, so a padded window gives what the
-unpadded one gives.
+Two things are ours. The streams are standardised inside the first projection (W / s, b - W m / s), so that nothing ever
+makes a standardised copy of the features. And a mask says which TRs are real: the others are zeroed after the
+projection, like what lies beyond a window's edge, so a padded window gives what the unpadded one gives.
 
 Shapes: B windows, S subjects, T TRs, V parcels, D_i width and L_i layers of stream i, d = embed_dim.
 """
@@ -51,10 +50,9 @@ class DepthwiseConv(nn.Module):
 
     def kernel(self) -> Tensor:
         """The kernels in use, (C, 1, K)."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.causal:
-            taps = torch.arange(self.kernel_size, device=weight.device)
-            weight = weight * (taps <= self.kernel_size // 2)
+            weight = weight * (torch.arange(self.kernel_size, device=weight.device) <= self.kernel_size // 2)
         if self.positive:
             weight = weight.abs()
         return weight.expand(self.bias.shape[0], 1, self.kernel_size)
@@ -219,12 +217,9 @@ class Decoder(nn.Module):
     convolves the embedding over time (depthwise) before its own decoder; the shared decoder sees it as it is.
     """
 
-    def __init__(
-        self, dim: int, n_subjects: int, n_parcels: int, *, shared: bool, own: bool, kernel_size: int
-    ) -> None:
+    def __init__(self, dim: int, n_subjects: int, n_parcels: int, *, shared: bool, own: bool, kernel_size: int) -> None:
         super().__init__()
-        if not (shared or own):
-            raise InputError("stage1.model", "no decoder is left", expected="a shared one, or each subject's own")
+        assert shared or own
         self.n_subjects = n_subjects
         self.shared = nn.Linear(dim, n_parcels) if shared else None
         self.own_weight = nn.Parameter(torch.empty(n_subjects, n_parcels, dim)) if own else None
@@ -232,21 +227,22 @@ class Decoder(nn.Module):
         convolves = own and kernel_size > 1
         self.conv_weight = nn.Parameter(torch.empty(n_subjects, dim, kernel_size)) if convolves else None
         self.conv_bias = nn.Parameter(torch.zeros(n_subjects, dim)) if convolves else None
-        for weight in (self.own_weight, self.conv_weight):
-            if weight is not None:
-                nn.init.trunc_normal_(weight, std=0.02)
+        if self.own_weight is not None:
+            nn.init.trunc_normal_(self.own_weight, std=0.02)
+        if self.conv_weight is not None:
+            nn.init.trunc_normal_(self.conv_weight, std=0.02)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, d) -> (B, S, T, V)."""
         if self.own_weight is None or self.own_bias is None:
-            assert self.shared is not None  # checked when built
+            assert self.shared is not None
             return self.shared(x)[:, None].expand(-1, self.n_subjects, -1, -1)
         if self.conv_weight is None:
-            weight, bias = self.own_weight, self.own_bias
+            weight: Tensor = self.own_weight
+            bias: Tensor = self.own_bias
             if self.shared is not None:
                 weight, bias = weight + self.shared.weight, bias + self.shared.bias
-            out = F.linear(x, weight.flatten(0, 1), bias.flatten())
-            return out.unflatten(2, bias.shape).transpose(1, 2)
+            return F.linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(2, bias.shape).transpose(1, 2)
         own = self._convolve(_zero_masked(x, mask))
         out = torch.einsum("btds,svd->bstv", own, self.own_weight) + self.own_bias[:, None, :]
         return out if self.shared is None else out + self.shared(x)[:, None]
@@ -302,8 +298,8 @@ class Anchor(nn.Module):
     ) -> None:
         super().__init__()
         if encoder_causal and encoder_kernel_size % 2 == 0:
-            where = "stage1.model.encoder_kernel_size"
-            raise InputError(where, "no centre", found=encoder_kernel_size, expected="an odd number")
+            where, expected = "stage1.model.encoder_kernel_size", "an odd number, which has a centre"
+            raise InputError(where, "cannot be causal", found=encoder_kernel_size, expected=expected)
         self.layers = [layers for layers, _ in streams]
         self.streams = nn.ModuleList()
         shape = {"causal": encoder_causal, "positive": encoder_positive, "blockwise": encoder_blockwise}
@@ -316,8 +312,8 @@ class Anchor(nn.Module):
             _build_block(hidden_model, embed_dim, hidden_heads, ratio, hidden_kernel_size, dropout)
             for _ in range(0 if hidden_model is None else hidden_depth)
         )
-        present = {"shared": shared_decoder, "own": subject_decoders}
-        self.decoder = Decoder(embed_dim, n_subjects, n_parcels, **present, kernel_size=decoder_kernel_size)
+        which = {"shared": shared_decoder, "own": subject_decoders}
+        self.decoder = Decoder(embed_dim, n_subjects, n_parcels, **which, kernel_size=decoder_kernel_size)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -354,17 +350,16 @@ class Anchor(nn.Module):
             raise ValueError(f"the anchor reads {len(self.streams)} streams, got {len(features)}")
         embedded = []
         for x, stream, layers in zip(features, self.streams, self.layers, strict=True):
+            assert isinstance(stream, StreamEncoder)
             x = x[:, :, None] if x.ndim == 3 else x
             if x.shape[2] != layers:
                 raise ValueError(f"a stream of {layers} layers came with {x.shape[2]}")
             if self.pool is None and layers > 1:
                 # projection and convolution are linear: the mean over layers may come first, for L times less work
-                x = x.mean(dim=2, keepdim=True, dtype=stream.linear.weight.dtype)
+                x = x.mean(dim=2, keepdim=True, dtype=stream.scale.dtype)
             embedded.append(stream(x, mask))
-        if self.pool is None:
-            pooled = torch.stack(embedded).sum(0)[:, :, 0]
-        else:
-            pooled = self.pool(torch.cat(embedded, dim=2))
+        layered = torch.cat(embedded, dim=2)
+        pooled = layered.sum(2) if self.pool is None else self.pool(layered)
         for block in self.hidden:
             pooled = block(pooled, mask)
         return self.decoder(pooled, mask)
@@ -414,9 +409,6 @@ def _build_block(
     name: str | None, dim: int, heads: int, mlp_ratio: float, kernel_size: int, dropout: float
 ) -> nn.Module:
     if name == "transformer":
-        if dim % heads:
-            expected = f"a divisor of embed_dim = {dim}"
-            raise InputError("stage1.model.transformer.num_heads", "does not fit", found=heads, expected=expected)
         return TransformerBlock(dim, heads, mlp_ratio, dropout)
     if name == "conv1dnext":
         return ConvNextBlock(dim, kernel_size, mlp_ratio, dropout)

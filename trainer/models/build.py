@@ -34,7 +34,7 @@ class Shapes:
 
 def build_anchor(config: AnchorConfig, shapes: Shapes) -> Anchor:
     """Stage 1, freshly initialised from torch's generator."""
-    hidden = {"transformer": config.transformer, "conv1dnext": config.conv1dnext}
+    transformer, conv1dnext = config.transformer, config.conv1dnext
     return Anchor(
         [(layers, width) for _, layers, width in shapes.streams],
         len(shapes.subjects),
@@ -46,10 +46,10 @@ def build_anchor(config: AnchorConfig, shapes: Shapes) -> Anchor:
         encoder_blockwise=config.encoder_blockwise,
         pool=config.global_pool,
         hidden_model=config.hidden_model,
-        hidden_depth=hidden[config.hidden_model].depth if config.hidden_model else 0,
-        hidden_heads=config.transformer.num_heads,
-        hidden_mlp_ratio=config.transformer.mlp_ratio,
-        hidden_kernel_size=config.conv1dnext.kernel_size,
+        hidden_depth=transformer.depth if config.hidden_model == "transformer" else conv1dnext.depth,
+        hidden_heads=transformer.num_heads,
+        hidden_mlp_ratio=transformer.mlp_ratio,
+        hidden_kernel_size=conv1dnext.kernel_size,
         dropout=config.dropout,
         shared_decoder=config.with_shared_decoder,
         subject_decoders=config.with_subject_decoders,

@@ -2,8 +2,8 @@
 
 The path, the loss and the solver are those of Matcha-TTS (arXiv 2309.03199; OT-CFM, arXiv 2302.00482), as small
 pure functions. The latent is ours by default: principal components of the training BOLD, standardised and frozen,
-because a projection that is trained by the flow loss collapses (the loss is least where the latent is 0). Outside of the
-latent the anchor keeps its word.
+because a projection that is trained by the flow loss collapses (the loss is least where the latent is 0). Outside of
+the latent the anchor keeps its word.
 
 An item is one (window, subject) pair: N items, T TRs, V parcels, d latent dimensions, S subjects. BOLD and anchors are
 (N, T, V); what the network sees is (N, d, T) with a mask (N, 1, T), padded to a length that its levels divide.
@@ -81,8 +81,8 @@ class Latent(nn.Module):
     """Standardised principal components of BOLD: z = P (x - m) / s, frozen.
 
     Buffers: mean m (S, V), each subject's; basis P (d, V), orthonormal rows; scale s (d,), the training standard
-    deviations; residual_std (S, V), of what a sample adds outside of the latent (held-out residuals of the anchor). All but
-    the last are NaN until they are fitted or loaded, so that a latent which was forgotten cannot pass for one.
+    deviations; residual_std (S, V), of what a sample adds outside of the latent (held-out residuals of the anchor).
+    All but the last are NaN until fitted or loaded, so that a latent which was forgotten cannot pass for one.
     """
 
     mean: Tensor
@@ -119,12 +119,6 @@ class Latent(nn.Module):
     def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
         """The part of x that the latent holds, P^T P (x - m). (N, T, V) -> (N, T, V)."""
         return (self.encode(x, subject) * self.scale) @ self.basis
-
-    def set_residual_std(self, residual_std: Tensor) -> None:
-        """Take (S, V) standard deviations of BOLD minus the anchor, measured where the anchor was not trained."""
-        if residual_std.shape != self.residual_std.shape:
-            raise ValueError(f"found {tuple(residual_std.shape)}, expected {tuple(self.residual_std.shape)}")
-        self.residual_std.copy_(residual_std)
 
 
 class LinearLatent(nn.Module):
@@ -209,8 +203,8 @@ class FlowMatching(nn.Module):
     Args:
         decoder: options of the `UNet` (`stage2.decoder`).
         parametrisation: `skip`: v = F(y, mu, t) + c(t) y, F = network + (1 - t c(t)) mu (see `linear_guess`), the
-            network's last layer being 0 at the start, so that the untrained model's mean is the anchor; `velocity`: v is
-            the network's output (published).
+            network's last layer being 0 at the start, so that the untrained model's mean is the anchor; `velocity`:
+            v is the network's output (published).
         projection: `pca`, or `linear` (published).
         subjects: `embedding`: one field, told the subject by a vector added to the time embedding; `separate`: one
             field for each subject.
@@ -244,16 +238,14 @@ class FlowMatching(nn.Module):
         else:
             self.latent = LinearLatent(n_parcels, latent_dim)
         copies = n_subjects if subjects == "separate" else 1
-        self.estimators = nn.ModuleList(UNet(latent_dim, **decoder) for _ in range(copies))
-        first = self.estimators[0]
-        assert isinstance(first, UNet)
-        self.length_factor = first.length_factor
-        self.subject_embedding = nn.Embedding(n_subjects, first.time_dim) if subjects == "embedding" else None
+        estimators = [UNet(latent_dim, **decoder) for _ in range(copies)]
+        self.estimators = nn.ModuleList(estimators)
+        self.length_factor, time_dim = estimators[0].length_factor, estimators[0].time_dim
+        self.subject_embedding = nn.Embedding(n_subjects, time_dim) if subjects == "embedding" else None
         if self.subject_embedding is not None:
             nn.init.normal_(self.subject_embedding.weight, std=0.02)
         if self.skip:
-            for estimator in self.estimators:
-                assert isinstance(estimator, UNet)
+            for estimator in estimators:
                 estimator.zero_last_layer()
         number_sites(self)
 
@@ -297,9 +289,7 @@ class FlowMatching(nn.Module):
             loss = loss + RECONSTRUCTION_WEIGHT * flow_loss(error, torch.zeros_like(error), mask[:, None], total)
         return loss
 
-    def velocity(
-        self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor
-    ) -> Tensor:
+    def velocity(self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor) -> Tensor:
         """The field at states y (N, d, T) and times t (N,), given mu (N, d, T): (N, d, T), 0 where not valid."""
         v = self._network(y, valid, mu, t, subject, keys)
         if not self.skip:
@@ -308,9 +298,7 @@ class FlowMatching(nn.Module):
         return (v + (1 - t[:, None, None] * c) * mu + c * y) * valid
 
     @torch.no_grad()
-    def posterior_mean(
-        self, anchor: Tensor, mask: Tensor, subject: Tensor, keys: Tensor, n_draws: int = 4
-    ) -> Tensor:
+    def posterior_mean(self, anchor: Tensor, mask: Tensor, subject: Tensor, keys: Tensor, n_draws: int = 4) -> Tensor:
         """E[x | anchor] from the field at t = 0, where y = z knows nothing of x1: E[x1 | mu] = v + (1 - sigma_min) z.
 
         The network has learned to cancel z only approximately: a few z are averaged. In `skip` this is
@@ -369,9 +357,7 @@ class FlowMatching(nn.Module):
         """The part of x (N, T, V) that the latent can hold, so that scores can be taken inside it."""
         return self.latent.subspace(x, subject)
 
-    def _network(
-        self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor
-    ) -> Tensor:
+    def _network(self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor) -> Tensor:
         """The estimator's output in float32, each item's by its subject's estimator."""
         if self.subject_embedding is not None:
             with keyed(keys):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -234,16 +235,15 @@ class TransformerBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of the U: a ResNet block, attention blocks, and a convolution that may change the length."""
+    """One level of the U: a ResNet block, then attention blocks."""
 
-    def __init__(self, resnet: ResNetBlock, blocks: Sequence[nn.Module], resample: nn.Module | None) -> None:
+    def __init__(self, resnet: ResNetBlock, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.resnet = resnet
         self.blocks = nn.ModuleList(blocks)
-        self.resample = resample
 
     def forward(self, x: Tensor, mask: Tensor, time: Tensor) -> Tensor:
-        """(N, C_in, T) -> (N, C_out, T), before the resampling."""
+        """(N, C_in, T) -> (N, C_out, T)."""
         h = self.resnet(x, mask, time).transpose(1, 2)
         for block in self.blocks:
             h = block(h, mask)
@@ -287,31 +287,30 @@ class UNet(nn.Module):
         self.time1 = nn.Linear(2 * latent_dim, self.time_dim)
         self.time2 = nn.Linear(self.time_dim, self.time_dim)
 
-        def level(kind: str, key: str, channels_in: int, channels_out: int, resample: nn.Module | None) -> Level:
+        def level(kind: str, key: str, channels_in: int, channels_out: int) -> Level:
             common = (channels_out, num_heads, attention_head_dim, dropout)
             if kind == "conformer":
                 blocks: list[nn.Module] = [ConformerBlock(*common, norm, published) for _ in range(n_blocks)]
             elif kind == "transformer":
                 blocks = [TransformerBlock(*common, published) for _ in range(n_blocks)]
             else:
-                raise InputError(
-                    f"stage2.decoder.{key}", "unknown block", found=kind, expected="conformer or transformer"
-                )
-            return Level(ResNetBlock(channels_in, channels_out, self.time_dim, published), blocks, resample)
+                expected = "conformer or transformer"
+                raise InputError(f"stage2.decoder.{key}", "unknown block", found=kind, expected=expected)
+            return Level(ResNetBlock(channels_in, channels_out, self.time_dim, published), blocks)
 
         self.down, self.middle, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for index, width in enumerate(channels):
-            last = index == len(channels) - 1
-            resample = nn.Conv1d(width, width, 3, stride=1 if last else 2, padding=1)
-            before = channels[index - 1] if index else 2 * latent_dim
-            self.down.append(level(down_block_type, "down_block_type", before, width, resample))
+        self.shorten, self.lengthen = nn.ModuleList(), nn.ModuleList()
+        for before, width in pairwise([2 * latent_dim, *channels]):
+            stride = 1 if len(self.shorten) == len(channels) - 1 else 2
+            self.down.append(level(down_block_type, "down_block_type", before, width))
+            self.shorten.append(nn.Conv1d(width, width, 3, stride=stride, padding=1))
         for _ in range(num_mid_blocks):
-            self.middle.append(level(mid_block_type, "mid_block_type", channels[-1], channels[-1], None))
-        way_up = [*reversed(channels), channels[0]]
-        for index, (before, width) in enumerate(zip(way_up[:-1], way_up[1:], strict=True)):
-            last = index == len(channels) - 1
-            up = nn.Conv1d(width, width, 3, padding=1) if last else nn.ConvTranspose1d(width, width, 4, 2, 1)
-            self.up.append(level(up_block_type, "up_block_type", 2 * before, width, up))
+            self.middle.append(level(mid_block_type, "mid_block_type", channels[-1], channels[-1]))
+        for before, width in pairwise([*reversed(channels), channels[0]]):
+            self.up.append(level(up_block_type, "up_block_type", 2 * before, width))
+            last = len(self.lengthen) == len(channels) - 1
+            conv = nn.Conv1d(width, width, 3, padding=1) if last else nn.ConvTranspose1d(width, width, 4, 2, 1)
+            self.lengthen.append(conv)
         self.final = ConvBlock(channels[0], channels[0], published)
         self.project = nn.Conv1d(channels[0], latent_dim, 1)
         self._initialise()
@@ -353,19 +352,19 @@ class UNet(nn.Module):
         x = torch.cat((y, mu), dim=1)
         skips, masks = [], []
         valid = mask
-        for level in self.down:
+        for index, level in enumerate(self.down):
             masks.append(valid)
             x = level(x, valid, time)
             skips.append(x)
-            x = level.resample(x * valid)
-            valid = valid[:, :, :: 2 if x.shape[2] < skips[-1].shape[2] else 1]
+            x = self.shorten[index](x * valid)
+            if index < len(self.shorten) - 1:
+                valid = valid[:, :, ::2]
         for level in self.middle:
             x = level(x, valid, time)
-        for level in self.up:
+        for level, lengthen in zip(self.up, self.lengthen, strict=True):
             valid = masks.pop()
-            x = level(torch.cat((x, skips.pop()), dim=1), valid, time)
-            x = level.resample(x * valid)
-        return self.project(self.final(x, mask) * mask) * mask
+            x = lengthen(level(torch.cat((x, skips.pop()), dim=1), valid, time) * valid)
+        return self.project(self.final(x, mask)) * mask
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -377,12 +376,8 @@ def _check(latent_dim: int, channels: Sequence[int], act_fn: str, norm: str) -> 
     if latent_dim < 2:
         raise InputError("stage2.latent_dim", "too small", found=latent_dim, expected="at least 2")
     if not channels or any(width % GROUPS for width in channels):
-        raise InputError(
-            "stage2.decoder.channels",
-            "the norm's groups cannot share the channels",
-            found=list(channels),
-            expected=f"multiples of {GROUPS}",
-        )
+        expected = f"multiples of {GROUPS}, the norm's groups"
+        raise InputError("stage2.decoder.channels", "do not split", found=list(channels), expected=expected)
     if act_fn != "snakebeta":
         raise InputError("stage2.decoder.act_fn", "unknown activation", found=act_fn, expected="snakebeta")
     if norm not in ("group", "batch"):

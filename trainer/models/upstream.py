@@ -1,8 +1,8 @@
 """Published weights, read into our classes.
 
-The names on the published side are those of MedARC's MultiSubjectConvLinearEncoder and of Matcha-TTS's decoder. For each
-tensor of ours this module says what it is called there; a tensor that is missing, has another shape or is left over
-is an `InputError` that uses the published name.
+The names on the published side are those of MedARC's MultiSubjectConvLinearEncoder and of Matcha-TTS's decoder. For
+each tensor of ours this module says what it is called there; a tensor that is missing, has another shape or is left
+over is an `InputError` that uses the published name.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def with_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
-def _options(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], known: set[str], where: str
-) -> dict[str, Any]:
+def _options(config: Mapping[str, Any], defaults: Mapping[str, Any], known: set[str], where: str) -> dict[str, Any]:
     unknown = sorted(set(config) - known)
     if unknown:
         raise InputError(where, "the config has keys we do not know", found=", ".join(unknown))
@@ -171,19 +169,18 @@ def _anchor_names(name: str, n_subjects: int, convolved: bool) -> list[str]:
 
 def _estimator_name(name: str, levels: int) -> str:
     """What one tensor of the U-Net is called there."""
-    level = re.fullmatch(r"(down|middle|up)\.(\d+)\.(.*)", name)
-    if level is None:
+    conv = re.fullmatch(r"(shorten|lengthen)\.(\d+)\.(.*)", name)
+    if conv:
+        way = "down_blocks" if conv[1] == "shorten" else "up_blocks"
+        # a convolution that changes the length is wrapped there; the last level's, which does not, is bare
+        return f"{way}.{conv[2]}.2.{'' if int(conv[2]) == levels - 1 else 'conv.'}{conv[3]}"
+    inner = re.fullmatch(r"(down|middle|up)\.(\d+)\.(?:resnet|blocks\.(\d+))\.(.*)", name)
+    if inner is None:
         return _translate(name, _OUTER_NAMES)
-    way = {"down": "down_blocks", "middle": "mid_blocks", "up": "up_blocks"}[level[1]]
-    part, _, rest = level[3].partition(".")
-    stem = f"{way}.{level[2]}"
-    if part == "resnet":
-        return f"{stem}.0.{_translate(rest, _RESNET_NAMES)}"
-    if part == "blocks":
-        index, _, inner = rest.partition(".")
-        return f"{stem}.1.{index}.{_translate(inner, _BLOCK_NAMES)}"
-    # a convolution that changes the length is wrapped there; the last level's, which does not, is bare
-    return f"{stem}.2.{rest}" if int(level[2]) == levels - 1 else f"{stem}.2.conv.{rest}"
+    way = {"down": "down_blocks", "middle": "mid_blocks", "up": "up_blocks"}[inner[1]]
+    if inner[3] is None:
+        return f"{way}.{inner[2]}.0.{_translate(inner[4], _RESNET_NAMES)}"
+    return f"{way}.{inner[2]}.1.{inner[3]}.{_translate(inner[4], _BLOCK_NAMES)}"
 
 
 def _translate(name: str, table: tuple[tuple[str, str], ...]) -> str:

@@ -1,9 +1,9 @@
 """Checkpoints: one format for every launcher, whole or absent, readable without running any code.
 
-`checkpoints/step_00000500/` holds `model.safetensors` (fp32 weights and buffers by name), `optimizer.safetensors` (Adam's
-moments by parameter name) and `meta.json` (step, position in the plan, SHA-256 of each file). The folder is written under
-another name and renamed, so it appears complete or not at all. Which one is the latest or the best is never stored: both
-are functions of what lies there.
+`checkpoints/step_00000500/` holds `model.safetensors` (fp32 weights and buffers by name), `optimizer.safetensors`
+(Adam's moments by parameter name) and `meta.json` (step, what the model is made for, SHA-256 of each file). The folder
+is written under another name and renamed, so it appears complete or not at all. Which one is the latest or the best is
+never stored: both are functions of what lies there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAME = re.compile(r"step_(\d{8})$")
 class Checkpoint:
     """One checkpoint in memory.
 
-    `meta` holds what the writer put there: `step`, `epoch`, `batch` (the next batch of that epoch) and more.
+    `meta` holds the `step` and what else the writer put there. The step is the whole position: the plan does the rest.
     """
 
     model: dict[str, torch.Tensor]

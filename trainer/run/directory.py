@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class RunDirectory:
         """The directory of stage 1 or 2."""
         return StageDirectory(self.path / f"stage{number}")
 
-    def claim(self, stages: list[int], *, resume: bool, overwrite: bool) -> None:
+    def claim(self, stages: Sequence[int], *, resume: bool, overwrite: bool) -> None:
         """Make room for a training of `stages`, before any time is spent.
 
         Raises:

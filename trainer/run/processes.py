@@ -48,7 +48,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish that the loop reads at a step boundary; a second one ends at once."""
+    """Makes the first SIGINT or SIGTERM a wish that the loop reads at a step boundary; a second one ends at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

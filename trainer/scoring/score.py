@@ -51,7 +51,7 @@ def score_checkpoint(
             directory, correlations, subjects, stage=stage, step=step, set_name=set_name, epoch=epoch
         )
         for estimate, score in written.items():
-            say(f"{directory.path}: step {step}, {estimate} on {set_name}")
+            say(f"-- {set_name}, {estimate}, step {step} ({directory.scores})")
             say("\n".join(lines(score)))
 
 

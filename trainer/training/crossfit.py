@@ -107,9 +107,7 @@ class Predictions(Mapping[int, np.ndarray]):
                     self._write_sample(sample, parts, accelerator.device)
         accelerator.wait_for_everyone()
 
-    def _write_sample(
-        self, sample: int, parts: Sequence[tuple[Anchor, Sequence[Span]]], device: torch.device
-    ) -> None:
+    def _write_sample(self, sample: int, parts: Sequence[tuple[Anchor, Sequence[Span]]], device: torch.device) -> None:
         manifest = self.study.manifest
         n_trs = manifest.samples[sample].n_trs
         whole = np.full((len(manifest.subjects), n_trs, manifest.parcels), np.nan, dtype=np.float32)
@@ -131,9 +129,9 @@ class Predictions(Mapping[int, np.ndarray]):
 def fit_latent(flow: FlowMatching, study: Study, spans: Sequence[Span], predictions: Predictions | None) -> None:
     """Fit the latent to the BOLD of `spans`, and what a sample adds outside it to what the anchors left there.
 
-    A sample adds white noise e that is then projected on the complement Q = I - P^T P, where parcel v keeps a share Q_vv
-    of its variance: so the variance of e is that of Q (x - mu), over Q_vv. Without predictions e stays 0. A trainable
-    projection has nothing to fit.
+    A sample adds white noise e that is then projected on the complement Q = I - P^T P, where parcel v keeps a share
+    Q_vv of its variance: so the variance of e is that of Q (x - mu), over Q_vv. Without predictions e stays 0. A
+    trainable projection has nothing to fit.
     """
     latent = flow.latent
     if not isinstance(latent, Latent):
@@ -155,7 +153,7 @@ def fit_latent(flow: FlowMatching, study: Study, spans: Sequence[Span], predicti
         count[subject] += len(outside)
     share = 1.0 - basis.square().sum(0)
     variance = squares / count.clamp(min=1) / share.clamp(min=1e-6)
-    latent.set_residual_std(torch.where(share > 1e-6, variance, 0.0).sqrt().float().to(latent.basis.device))
+    latent.residual_std.copy_(torch.where(share > 1e-6, variance, 0.0).sqrt())
 
 
 @torch.no_grad()
@@ -180,4 +178,5 @@ def _bold_series(
     """(subject, BOLD (T, V), predictions (T, V) or None) of every span and subject that has BOLD."""
     for batch in whole_runs(study.shards, spans, [], study.scaling, anchor=predictions):
         for subject in batch.subject_mask[0].nonzero()[:, 0].tolist():
-            yield subject, batch.bold[0, subject], None if batch.anchor is None else batch.anchor[0, subject]
+            mu = None if batch.anchor is None else batch.anchor[0, subject]
+            yield subject, batch.bold[0, subject], mu

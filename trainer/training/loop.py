@@ -34,8 +34,8 @@ class Phase:
 
     `objective(batch, epoch)` gives (sum of losses over the batch, number of terms in the sum); the loss of a step is
     the sum over all processes divided by the count over all processes. `validate(step)` scores the current weights,
-    writes the score file and returns r. `schedule_steps` is the length of the learning rate's schedule: a refit of fewer
-    steps follows the same one.
+    writes the score file and returns r. `schedule_steps` is the length of the learning rate's schedule: a refit of
+    fewer steps follows the same one.
     """
 
     title: str
@@ -224,7 +224,8 @@ class Training:
 
 def adamw(model: nn.Module, optimisation: OptimisationConfig) -> torch.optim.AdamW:
     """AdamW that decays weights, but neither biases nor the scales of norms."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (free if parameter.ndim < 2 or name.endswith("bias") else decayed).append(parameter)

@@ -243,9 +243,7 @@ def _unseen_predictions(
     for fold, hidden in enumerate(held_out, start=1):
         fold_directory = StageDirectory(directory.anchor / f"fold_{fold}")
         seen = crossfit.without(spans, hidden)
-        phase = anchor_phase(
-            job, fold_directory, seen, f"Fold {fold} of {k}", steps=steps, seed=job.config.seed + fold
-        )
+        phase = anchor_phase(job, fold_directory, seen, f"Fold {fold} of {k}", steps=steps, seed=job.config.seed + fold)
         Training(phase, job.accelerator, job.config, resume=True).run()
         assert isinstance(phase.model, Anchor)
         parts.append((phase.model, hidden))

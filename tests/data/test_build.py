@@ -1,0 +1,364 @@
+"""HDF5 -> shards: what is aligned how, and every mistake in the data ends in one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.data.conftest import LAYOUT, LENGTHS, PARCELS, Invented
+from tools.make_shards import main
+from trainer.data import build as building
+from trainer.data.build import deal, fit_length
+from trainer.data.layout import load_layout
+from trainer.data.shards import Shards
+from trainer.data.survey import request_streams, survey
+
+
+def test_one_sample_a_run_and_repeat_with_what_its_name_says(invented_shards: Shards) -> None:
+    samples = {s.key: s for s in invented_shards.manifest.samples}
+    keys = ["cinema_alpha_1", "cinema_alpha_2", "cinema_beta_1_run-1", "cinema_beta_1_run-2"]
+    assert list(samples) == keys
+    second = samples["cinema_beta_1_run-2"]
+    assert (second.series, second.run, second.repeat, second.film, second.part) == ("cinema", "beta_1", 2, "beta", "1")
+    assert samples["cinema_alpha_1"].repeat == 1
+    assert samples["cinema_alpha_2"].subjects == ("a", "b")
+    assert invented_shards.manifest.subjects == ("a", "b", "3")
+    assert (invented_shards.manifest.parcels, invented_shards.manifest.tr) == (PARCELS, 2.0)
+
+
+def test_bold_is_cut_to_the_shortest_subject(invented_shards: Shards, invented_source: Invented) -> None:
+    for i, sample in enumerate(invented_shards.manifest.samples):
+        scans = [invented_source.bold[sample.run, sample.repeat, label] for label in sample.subjects]
+        assert len({len(scan) for scan in scans}) == 2
+        assert sample.n_trs == min(map(len, scans)) == LENGTHS[sample.run]
+        stored = invented_shards.read(i, "bold", 0, sample.n_trs)
+        np.testing.assert_array_equal(stored, np.stack([scan[: sample.n_trs] for scan in scans]))
+
+
+def test_features_are_squeezed_kept_cut_and_repeated(invented_shards: Shards, invented_source: Invented) -> None:
+    streams = {s.name: s for s in invented_shards.manifest.streams}
+    assert [(s.layers, s.width, s.dtype) for s in streams.values()] == [
+        (1, 4, "float16"), (2, 3, "float16"), (1, 5, "float32"),
+    ]  # fmt: skip
+    for i, sample in enumerate(invented_shards.manifest.samples):
+        for name, model in (("text.v2/emb", "Text"), ("video/deep", "Video"), ("audio/mono", "Audio")):
+            source = invented_source.features[sample.run, model]
+            rows = source[np.minimum(np.arange(sample.n_trs), len(source) - 1)]
+            expected = rows.reshape(sample.n_trs, *streams[name].row).astype(streams[name].dtype)
+            np.testing.assert_array_equal(invented_shards.read(i, name, 0, sample.n_trs), expected)
+
+
+def test_fit_length_repeats_the_last_row_only() -> None:
+    values = np.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(fit_length(values, 5), [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]])
+    np.testing.assert_array_equal(fit_length(values, 2), [[0, 1], [2, 3]])
+
+
+def test_pool_and_float32_options(invented: Invented, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    more = ["--features", "video/deep", "--pool", "video/deep", "--float32", "video/deep"]
+    assert main(invented.arguments(out, *more)) == 0
+    shards = Shards(out)
+    (stream,) = shards.manifest.streams
+    assert (stream.layers, stream.width, stream.dtype) == (1, 3, "float32")
+    expected = invented.features["alpha_2", "Video"].mean(1)
+    np.testing.assert_allclose(shards.read(1, "video/deep", 0, 24), expected, rtol=1e-6)
+
+
+def test_equal_input_gives_equal_bytes(invented: Invented, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert main(invented.arguments(tmp_path / name)) == 0
+    first = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    assert first == {p.name: p.read_bytes() for p in (tmp_path / "two").iterdir()}
+    assert len(first) == 3
+
+
+def test_runs_are_dealt_in_order_to_tars_of_limited_size(invented_source: Invented) -> None:
+    layout = load_layout(invented_source.layout)
+    found = survey(layout, invented_source.root, request_streams(layout, []))
+    size = 30 * (3 * PARCELS * 4 + 4 * 2 + 6 * 2 + 5 * 4)
+    dealt = deal(found.runs, found.streams, size)
+    assert [run.key for runs in dealt for run in runs] == [run.key for run in found.runs]
+    assert [len(runs) for runs in dealt] == [1, 1, 1, 1]
+    assert [len(runs) for runs in deal(found.runs, found.streams, 2 * size)] == [2, 2]
+    assert len(deal(found.runs, found.streams, 1)) == 4
+
+
+def test_several_tars_hold_the_same_as_one(invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.make_shards.build", lambda *a, **k: building.build(*a, **{**k, "shard_bytes": 4000}))
+    assert main(invented.arguments(tmp_path / "many")) == 0
+    shards = Shards(tmp_path / "many")
+    assert len(shards.manifest.shards) == 4
+    assert [s.shard for s in shards.manifest.samples] == [0, 1, 2, 3]
+    np.testing.assert_array_equal(shards.read(3, "bold", 0, 20)[2], invented.bold["beta_1", 2, "3"][:20])
+
+
+def test_overwrite_replaces_shards_once_the_new_ones_are_whole(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    assert main(invented.arguments(out)) == 0
+    before = (out / "manifest.json").read_text()
+    assert main(invented.arguments(out, "--features", "audio/mono")) == 2
+    assert "already holds shards" in capsys.readouterr().err
+    invented.put_bold("a", "day1/alpha_9", np.full((20, PARCELS), np.nan))
+    for model, width in (("Text", 4), ("Video", 3), ("Audio", 5)):
+        name = {"Text": "embedding", "Video": "deep", "Audio": "wave"}[model]
+        invented.put_features(model, "alpha_9", name, np.zeros((20, 2, width) if model == "Video" else (20, width)))
+    assert main(invented.arguments(out, "--overwrite")) == 2
+    assert (out / "manifest.json").read_text() == before
+    with h5py.File(invented.bold_file("a"), "a") as file:
+        del file["day1/alpha_9"]
+    assert main(invented.arguments(out, "--overwrite", "--features", "audio/mono")) == 0
+    assert [s.name for s in Shards(out).manifest.streams] == ["audio/mono"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shards", "source"]
+
+
+def test_ctrl_c_leaves_nothing(invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = building.read_bold
+
+    def interrupted(run: building.RunPlan, subjects: list[str]) -> np.ndarray:
+        if run.run == "beta_1":
+            raise KeyboardInterrupt
+        return original(run, subjects)
+
+    monkeypatch.setattr(building, "read_bold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(invented.arguments(tmp_path / "new/shards"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_failing_disk_is_named(
+    invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(building, "describe_file", full)
+    assert main(invented.arguments(tmp_path / "shards")) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def _missing_feature_file(d: Invented) -> list[str]:
+    d.feature_file("Text", "beta_1").unlink()
+    return ["stimuli/Text", "beta_1.hdf5", "no feature file", "text.v2/emb"]
+
+
+def _missing_dataset(d: Invented) -> list[str]:
+    with h5py.File(d.feature_file("Text", "beta_1"), "a") as file:
+        file.move("embedding", "embeding")
+    return [str(d.feature_file("Text", "beta_1")), "no data set embedding", "found embeding"]
+
+
+def _widths(d: Invented) -> list[str]:
+    d.put_features("Text", "beta_1", "embedding", np.zeros((20, 7)))
+    return [str(d.feature_file("Text", "beta_1")), "embedding", "width", "found 7", "expected 4"]
+
+
+def _layers(d: Invented) -> list[str]:
+    d.put_features("Video", "alpha_2", "deep", np.zeros((24, 1, 3)))
+    return [str(d.feature_file("Video", "alpha_2")), "deep", "found 3", "expected 2 x 3"]
+
+
+def _dimensions(d: Invented) -> list[str]:
+    d.put_features("Text", "beta_1", "embedding", np.zeros(20))
+    return [str(d.feature_file("Text", "beta_1")), "embedding: shape", "found (20,)", "(TRs, D)"]
+
+
+def _parcels(d: Invented) -> list[str]:
+    d.put_bold("b", "day5/alpha_9", np.zeros((30, 5)))
+    for model, name in (("Text", "embedding"), ("Video", "deep"), ("Audio", "wave")):
+        d.put_features(model, "alpha_9", name, np.zeros((30, 2, 3) if model == "Video" else (30, 1, 4)))
+    return [str(d.bold_file("b")), "day5/alpha_9", "parcels", "found 5", "expected 6"]
+
+
+def _bold_lengths(d: Invented) -> list[str]:
+    d.put_bold("b", _name(d, "b", "alpha_1"), np.zeros((26, PARCELS)))
+    return [str(d.bold_file("b")), "alpha_1: length", "found 26 TRs", "within 2 TRs of the 31 TRs"]
+
+
+def _feature_lengths(d: Invented) -> list[str]:
+    d.put_features("Text", "beta_1", "embedding", np.zeros((17, 4)))
+    return [str(d.feature_file("Text", "beta_1")), "embedding: length", "found 17 TRs", "of the 20 TRs of the BOLD"]
+
+
+def _feature_too_long(d: Invented) -> list[str]:
+    d.put_features("Text", "beta_1", "embedding", np.zeros((24, 4)))
+    return [str(d.feature_file("Text", "beta_1")), "found 24 TRs"]
+
+
+def _nan_in_bold(d: Invented) -> list[str]:
+    name = _name(d, "b", "alpha_1")
+    values = d.bold["alpha_1", 1, "b"].copy()
+    values[7, 3] = np.nan
+    d.put_bold("b", name, values)
+    return [str(d.bold_file("b")), name, "found nan at TR 7, column 3"]
+
+
+def _inf_in_features(d: Invented) -> list[str]:
+    values = d.features["alpha_1", "Audio"].copy()
+    values[4, 0, 2] = -np.inf
+    d.put_features("Audio", "alpha_1", "wave", values)
+    return [str(d.feature_file("Audio", "alpha_1")), "wave", "found -inf at TR 4, column 2"]
+
+
+def _overflow(d: Invented) -> list[str]:
+    values = d.features["alpha_1", "Text"].copy()
+    values[4, 2] = -70000
+    d.put_features("Text", "alpha_1", "embedding", values)
+    return ["embedding", "overflows float16", "found 70000", "65504", "--float32 text.v2/emb"]
+
+
+def _empty(d: Invented) -> list[str]:
+    d.feature_file("Text", "beta_1").write_bytes(b"")
+    return [str(d.feature_file("Text", "beta_1")), "not a whole HDF5 file", "0 bytes"]
+
+
+def _empty_bold(d: Invented) -> list[str]:
+    d.bold_file("b").unlink()
+    h5py.File(d.bold_file("b"), "w").close()
+    return [str(d.bold_file("b")), "no data set of this series", "an empty file", "{run}"]
+
+
+def _truncated(d: Invented) -> list[str]:
+    with d.bold_file("3").open("r+b") as file:
+        file.truncate(d.bold_file("3").stat().st_size // 2)
+    return [str(d.bold_file("3")), "not a whole HDF5 file"]
+
+
+def _broken_link(d: Invented) -> list[str]:
+    d.feature_file("Text", "beta_1").unlink()
+    d.feature_file("Text", "beta_1").symlink_to(d.root / "not-downloaded")
+    return [str(d.feature_file("Text", "beta_1")), "broken link"]
+
+
+def _no_bold(d: Invented) -> list[str]:
+    shutil.rmtree(d.root / "scans")
+    return ["no BOLD file found", "scans/{subject}"]
+
+
+def _subject_without_bold(d: Invented) -> list[str]:
+    d.bold_file("3").unlink()
+    return ["no BOLD file found for subject 3"]
+
+
+def _second_scan(d: Invented) -> list[str]:
+    d.put_bold("a", "day1/alpha_1", np.zeros((30, PARCELS)))
+    return [str(d.bold_file("a")), "second scan of run alpha_1, repeat 1"]
+
+
+def _second_feature_file(d: Invented) -> list[str]:
+    target = d.root / "stimuli/Text/copy/beta_1.hdf5"
+    target.parent.mkdir()
+    shutil.copy(d.feature_file("Text", "beta_1"), target)
+    return ["a second feature file of run beta_1", str(target)]
+
+
+def _no_numbers(d: Invented) -> list[str]:
+    with h5py.File(d.feature_file("Text", "beta_1"), "a") as file:
+        del file["embedding"]
+        file["embedding"] = np.full((20, 4), b"x")
+    return [str(d.feature_file("Text", "beta_1")), "embedding: type", "expected numbers"]
+
+
+def _no_root(d: Invented) -> list[str]:
+    layout = d.layout.read_text()
+    shutil.rmtree(d.root)
+    d.layout.parent.mkdir()
+    d.layout.write_text(layout)
+    return ["no BOLD file found"]
+
+
+def _layout(d: Invented) -> list[str]:
+    d.layout.write_text(LAYOUT.replace("tr:", "trs:"))
+    return [str(d.layout), "trs: unknown key"]
+
+
+def _name(d: Invented, subject: str, run: str) -> str:
+    with h5py.File(d.bold_file(subject)) as file:
+        return next(f"{day}/{run}" for day in file if run in file[day])
+
+
+SPOILT = [
+    _missing_feature_file, _missing_dataset, _widths, _layers, _dimensions, _parcels, _bold_lengths, _feature_lengths,
+    _feature_too_long, _nan_in_bold, _inf_in_features, _overflow, _empty, _empty_bold, _truncated, _broken_link,
+    _no_bold, _subject_without_bold, _second_scan, _second_feature_file, _no_numbers, _no_root, _layout,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda f: f.__name__.lstrip("_"))
+def test_bad_data_is_one_line_and_leaves_nothing(
+    spoil: Callable[[Invented], list[str]], invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = spoil(invented)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(invented.arguments(tmp_path / "new/shards")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--features", "text.v2/emb", "text.v2/emb"], ["text.v2/emb", "named twice"]),
+        (["--features", "txt.v2/emb"], ["unknown feature model", "txt.v2", "Did you mean text.v2/emb?"]),
+        (["--features", "video"], ["video", "not a stream", "KEY/LAYER"]),
+        (["--features", "video/deeep"], ["no data set deeep", "found deep"]),
+        (["--float32", "video/other"], ["--float32", "video/other", "video/deep"]),
+        (["--pool", "video/other"], ["--pool", "video/other"]),
+        (["--root", "nowhere"], ["nowhere", "no such folder"]),
+        (["--series", "theatre"], ["--series", "theatre", "cinema"]),
+        (["--shard-size-mb", "0"], ["--shard-size-mb", "found 0"]),
+    ],
+)
+def test_bad_option_is_one_line(
+    more: list[str], words: list[str], invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(invented.arguments(tmp_path / "shards", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert not (tmp_path / "shards").exists()
+
+
+def test_unwritable_output_is_refused_before_anything_is_read(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    shutil.rmtree(invented.root / "scans")
+    assert main(invented.arguments(tmp_path / "file/shards")) == 2
+    assert re.search(r"file/shards: cannot be written", capsys.readouterr().err)
+
+
+def test_folder_with_other_files_is_never_replaced(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    assert main(invented.arguments(tmp_path / "mine", "--overwrite")) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "mine/thesis.tex").exists()
+
+
+def test_meta_json_lists_the_present_subjects(invented_folder: Path) -> None:
+    import tarfile
+
+    with tarfile.open(next(invented_folder.glob("*.tar"))) as tar:
+        member = tar.extractfile("cinema_alpha_2.meta.json")
+        assert member is not None
+        meta = json.load(member)
+    assert meta["subjects"] == ["a", "b"]
+    assert meta["streams"]["text_v2__emb.npy"] == "text.v2/emb"
+    assert (meta["film"], meta["part"], meta["season"], meta["n_trs"]) == ("alpha", "2", None, 24)

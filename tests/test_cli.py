@@ -1,0 +1,196 @@
+"""The command line as a person uses it: configs/debug.yaml from shards to scores, interrupted, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.cli import main
+from trainer.run import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def launch(*arguments: str, accelerate: bool = False) -> subprocess.Popen[str]:
+    """`python -m trainer ...`, or the same under `accelerate launch`."""
+    config = str(ROOT / "configs" / "accelerate" / "cpu.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m"] if accelerate else ["-m"]
+    command = [sys.executable, *launcher, "trainer", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def weights(stage: Path) -> dict[str, torch.Tensor]:
+    step = checkpoint.steps(stage / "checkpoints")[-1]
+    return checkpoint.load(checkpoint.folder_of(stage / "checkpoints", step)).model
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line with which a command is refused."""
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_run_directory_holds_all_there_is_to_know(debug_run: Path) -> None:
+    for stage in ("stage1", "stage2"):
+        files = {str(path.relative_to(debug_run / stage)) for path in (debug_run / stage).rglob("*") if path.is_file()}
+        assert {"config.yaml", "starts/1.json", "heartbeat.json", "finished.json", "logs/metrics.jsonl"} <= files
+        assert any(name.startswith("checkpoints/step_") and name.endswith("meta.json") for name in files)
+        assert any(name.startswith("scores/") for name in files)
+        assert not [name for name in files if "/." in name or name.startswith(".")]
+    assert {path.name for path in debug_run.glob("*.png")} == {"curves.png", "stage1_r.png", "stage2_r.png"}
+
+
+def test_a_score_file_says_what_was_scored_and_agrees_with_its_array(debug_run: Path) -> None:
+    paths = sorted((debug_run / "stage1" / "scores").glob("*-test-mean.json"))
+    score = json.loads(paths[-1].read_text())
+    assert (score["stage"], score["set"], score["estimate"]) == (1, "test", "mean")
+    assert set(score["per_subject"]) == {"1", "2", "3", "5"}
+    r = np.load(paths[-1].with_suffix(".npy"))
+    assert r.shape == (4, 20)
+    assert score["pearson_r"] == pytest.approx(r.mean(), abs=1e-12)
+    assert score["per_subject"]["3"] == pytest.approx(r[2].mean(), abs=1e-12)
+    assert score["n_trs"] > 0
+
+
+def test_stage_2_stands_around_a_copy_of_the_best_anchor(debug_run: Path) -> None:
+    step = json.loads((debug_run / "stage1" / "finished.json").read_text())["step"]
+    original = checkpoint.load(checkpoint.folder_of(debug_run / "stage1" / "checkpoints", step))
+    copy = checkpoint.load(debug_run / "stage2" / "anchor", weights_only=True)
+    assert copy.meta["sha256"]["model.safetensors"] == original.meta["sha256"]["model.safetensors"]
+    assert {path.name for path in (debug_run / "stage2" / "anchor").glob("fold_*")} == {"fold_1", "fold_2"}
+
+
+def test_evaluate_gives_the_scores_of_the_training(debug_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_text() for path in debug_run.rglob("scores/*-test-mean.json")}
+    assert len(before) == 2
+    assert main(["evaluate", str(debug_run), "--set", "test"]) == 0
+    printed = capsys.readouterr().out
+    assert "Stage 1 Overall Pearson's r: " in printed
+    assert "Stage 1 - Sub 5 Mean Pearson's r: " in printed
+    assert "Stage 2 Epoch " in printed
+    assert {path: path.read_text() for path in before} == before
+
+
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(
+    debug_run: Path, debug_config: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--config", str(debug_config), "--run", str(debug_run), f"data.shards={tiny_shards}"]
+    assert "holds another training" in refused(capsys, *arguments)
+    before = (debug_run / "stage2" / "finished.json").read_text()
+    assert main([*arguments, "--resume"]) == 0
+    assert "Stage 2 is finished" in capsys.readouterr().out
+    assert (debug_run / "stage2" / "finished.json").read_text() == before
+    message = refused(capsys, *arguments, "--resume", "stage1.lr=0.5", "num_samples=40")
+    assert "found other values of num_samples, stage1.lr" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("include_features=[whisper/layers.99]", ["whisper/layers.99", "whisper/layers.12"]),
+        ("stage2.latent_dim=21", ["stage2.latent_dim", "found 21", "at most 20"]),
+        ("datasets.test.filter.films=[chaplin]", ["datasets.test", "chaplin"]),
+        ("datasets.test.filter.trs=[500, 600]", ["datasets.test", "no run left"]),
+        ("data.shards=nowhere", ["nowhere"]),
+        ("stage1.lrr=3", ["stage1.lrr", "Did you mean stage1.lr?"]),
+    ],
+)
+def test_what_does_not_fit_the_shards_is_refused_before_anything_is_written(
+    override: str,
+    parts: list[str],
+    tmp_path: Path,
+    debug_config: Path,
+    tiny_shards: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shards = f"data.shards={tiny_shards}"
+    message = refused(capsys, "train", "--config", str(debug_config), "--run", str(run), shards, override)
+    assert all(part in message for part in parts), message
+    assert not run.exists()
+
+
+def test_stage_2_needs_a_finished_stage_1(
+    tmp_path: Path, debug_config: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    arguments = ["--config", str(debug_config), "--run", run, "--stage", "2", f"data.shards={tiny_shards}"]
+    assert "stage1/finished.json: missing. Train stage 1" in refused(capsys, "train", *arguments)
+
+
+def test_evaluate_names_what_there_is(debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no training" in refused(capsys, "evaluate", str(tmp_path))
+    assert "one of train, val, test" in refused(capsys, "evaluate", str(debug_run), "--set", "tset")
+    assert "found 7, expected best, last, all or one of" in refused(capsys, "evaluate", str(debug_run), "--step", "7")
+
+
+def test_shards_with_other_parcels_than_the_checkpoint_are_refused(
+    debug_run: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = tmp_path / "run" / "stage1"
+    source = debug_run / "stage1"
+    step = checkpoint.steps(source / "checkpoints")[-1]
+    found = checkpoint.load(checkpoint.folder_of(source / "checkpoints", step))
+    found.meta["shapes"]["n_parcels"] = 1000
+    checkpoint.save(stage / "checkpoints", step, found)
+    (stage / "config.yaml").write_text((source / "config.yaml").read_text())
+    message = refused(capsys, "evaluate", str(stage.parent))
+    assert "n_parcels do not fit" in message
+    assert "found 1000 in the checkpoint, expected 20" in message
+
+
+def test_accelerate_launch_trains_the_same_weights(
+    debug_run: Path, debug_config: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "launched"
+    process = launch(
+        *["train", "--config", str(debug_config), "--run", str(run), "--stage", "1", f"data.shards={tiny_shards}"],
+        accelerate=True,
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Stage 1 Overall Pearson's r: " in output
+    expected = weights(debug_run / "stage1")
+    for name, tensor in weights(run / "stage1").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_ctrl_c_and_resume_give_the_weights_of_an_uninterrupted_run(
+    debug_config: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    arguments = ["train", "--config", str(debug_config), "--stage", "1", f"data.shards={tiny_shards}"]
+    arguments += ["stage1.epochs=30", "checkpoint.every_steps=1000"]
+    assert launch(*arguments, "--run", str(whole)).wait(timeout=300) == 0
+
+    process = launch(*arguments, "--run", str(part))
+    deadline = time.monotonic() + 120
+    while not (part / "stage1" / "logs" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "SIGINT at step" in output
+    assert "Continue with --resume." in output
+    assert not (part / "stage1" / "finished.json").exists()
+
+    process = launch(*arguments, "--run", str(part), "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    expected = weights(whole / "stage1")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(part / "stage1").items())
+    assert sorted(path.name for path in (part / "stage1" / "starts").iterdir()) == ["1.json", "2.json"]

@@ -1,0 +1,112 @@
+"""Folds cover every TR once, keep showings of a stimulus together, and no anchor predicts what it has seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.config import Filter, load_config
+from trainer.data.loader import whole_runs
+from trainer.data.plan import Span, select
+from trainer.data.study import Study
+from trainer.models.anchor import Anchor
+from trainer.models.build import build_anchor, build_flow
+from trainer.models.flow import Latent
+from trainer.run.processes import make_accelerator
+from trainer.scoring.predictor import shapes_of
+from trainer.training import crossfit
+
+EVERYONE = (True, True)
+
+
+@pytest.fixture
+def study(tiny_shards: Path, debug_config: Path) -> Study:
+    return Study(load_config(debug_config, [f"data.shards={tiny_shards}"]))
+
+
+def trs(spans: list[Span]) -> set[tuple[int, int]]:
+    return {(span.sample, tr) for span in spans for tr in range(span.start, span.stop)}
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 20), st.integers(2, 6))
+def test_folds_deal_every_tr_once(k_runs: int, k: int) -> None:
+    manifest = SimpleNamespace(samples=[SimpleNamespace(series="f", run=f"r{i // 2}") for i in range(k_runs)])
+    spans = [Span(i, 3 * i, 3 * i + 20 + i, EVERYONE) for i in range(k_runs)]
+    dealt = crossfit.folds(spans, manifest, k)
+    assert len(dealt) == k
+    assert sum(len(span) for fold in dealt for span in fold) == sum(map(len, spans))
+    assert set().union(*(trs(fold) for fold in dealt)) == trs(spans)
+    for fold in dealt:
+        assert trs(crossfit.without(spans, fold)) == trs(spans) - trs(fold)
+
+
+def test_showings_of_one_stimulus_stay_together(study: Study) -> None:
+    spans = select(study.manifest, Filter())
+    for fold in crossfit.folds(spans, study.manifest, 4):
+        here = {study.manifest.samples[span.sample].run for span in fold}
+        for run in here:
+            showings = [i for i, sample in enumerate(study.manifest.samples) if sample.run == run]
+            assert {span.sample for span in fold} >= set(showings)
+
+
+def constant_anchor(study: Study, value: float) -> Anchor:
+    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
+    for name, parameter in anchor.named_parameters():
+        torch.nn.init.constant_(parameter, value if name.endswith("bias") and "decoder" in name else 0.0)
+    return anchor
+
+
+def test_each_tr_is_predicted_by_the_anchor_of_its_fold(study: Study, tmp_path: Path) -> None:
+    spans = study.spans["train"][:2]
+    first, second = crossfit.folds(spans[:1], study.manifest, 2)
+    anchors = [constant_anchor(study, value) for value in (1.0, 2.0)]
+    batch = next(iter(whole_runs(study.shards, spans[:1], study.streams)))
+    levels = [anchor(batch.features)[0, 0, 0, 0].item() for anchor in anchors]
+    assert levels[0] != levels[1]
+    predictions = crossfit.Predictions(tmp_path, study)
+    predictions.write([(anchors[0], first), (anchors[1], second)], make_accelerator("no"))
+    found = predictions[spans[0].sample]
+    assert (found[:, first[0].start : first[0].stop] == levels[0]).all()
+    assert (found[:, second[0].start : second[0].stop] == levels[1]).all()
+    assert list(predictions) == [spans[0].sample]
+    assert len(predictions) == 1
+
+
+def test_trs_outside_the_spans_are_not_predicted(study: Study, tmp_path: Path) -> None:
+    span = study.spans["train"][0]
+    part = Span(span.sample, 5, 9, span.subjects)
+    predictions = crossfit.Predictions(tmp_path, study)
+    predictions.write([(constant_anchor(study, 1.0), [part])], make_accelerator("no"))
+    found = predictions[span.sample]
+    assert np.isfinite(found[:, 5:9]).all()
+    assert np.isnan(found[:, :5]).all()
+    assert np.isnan(found[:, 9:]).all()
+
+
+def test_the_latent_has_unit_deviation_and_samples_have_the_residuals_outside(study: Study, tmp_path: Path) -> None:
+    spans = study.spans["train"]
+    predictions = crossfit.Predictions(tmp_path, study)
+    predictions.write([(constant_anchor(study, 0.0), spans)], make_accelerator("no"))
+    flow = build_flow(study.config.stage2, shapes_of(study))
+    crossfit.fit_latent(flow, study, spans, predictions)
+    assert crossfit.latent_range(flow, study, spans) == pytest.approx((1.0, 1.0), abs=0.05)
+
+    latent = flow.latent
+    assert isinstance(latent, Latent)
+    outside = []
+    for batch in whole_runs(study.shards, spans, []):
+        if batch.subject_mask[0, 0]:
+            x = batch.bold[0, 0].double()
+            basis = latent.basis.double()
+            outside.append(x - x @ basis.T @ basis)
+    wanted = torch.cat(outside).square().mean()
+    noise = torch.randn(4000, latent.residual_std.shape[1], dtype=torch.float64) * latent.residual_std[0]
+    projected = noise - noise @ basis.T @ basis
+    assert float(projected.square().mean() / wanted) == pytest.approx(1.0, abs=0.1)
