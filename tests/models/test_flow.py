@@ -300,6 +300,18 @@ def test_losses_of_micro_batches_add_up_to_the_batches(options: dict[str, Any], 
         assert (gradient - found[name]).abs().max() < 1e-4 * largest, name
 
 
+def test_the_field_of_an_absent_subject_has_gradients_of_zero() -> None:
+    """Not None: DDP waits for every parameter, and weight decay must not depend on which rank has which subject."""
+    flow = _flow(subjects="separate").train()
+    bold, anchor, mask, subject, keys = _items()
+    here = subject == 0
+    flow.loss(bold[here], anchor[here], mask[here], subject[here], keys[here]).backward()
+    for index, estimator in enumerate(flow.estimators):
+        gradients = [parameter.grad for parameter in estimator.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        assert any((gradient != 0).any() for gradient in gradients if gradient is not None) == (index == 0)
+
+
 def test_the_loss_reads_nothing_at_masked_trs_and_different_keys_give_different_losses() -> None:
     flow = _flow().train()
     bold, anchor, mask, subject, keys = _items()
@@ -344,7 +356,7 @@ def test_the_linear_projection_is_trained_on_its_reconstruction_too() -> None:
 
 
 def test_samples_have_the_latents_variance_inside_and_the_residuals_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Untrained, in skip: x1 = mu + r with r of variance 1 in the latent; outside, the residuals' standard deviation."""
+    """Untrained, in skip: x1 = mu + r, r of variance 1 in the latent; outside, the residuals' standard deviation."""
     flow = _flow(n_timesteps=40)
     monkeypatch.setattr(flow, "_network", _silent)
     assert isinstance(flow.latent, Latent)
@@ -380,7 +392,7 @@ def test_temperature_0_takes_all_noise_away_and_steps_can_be_chosen() -> None:
 @pytest.mark.parametrize("subjects", ["embedding", "separate"])
 def test_the_field_knows_the_subject(subjects: str) -> None:
     flow = _flow(subjects=subjects)
-    _, anchor, mask, _, keys = _items()
+    _, _, mask, _, keys = _items()
     valid, mu = mask[:, None].float()[..., :8], torch.randn(5, LATENT, 8)
     fields = [flow.velocity(mu, valid, mu, torch.full((5,), 0.3), torch.full((5,), s), keys) for s in range(SUBJECTS)]
     assert (fields[0] - fields[1]).abs().max() > 1e-4

@@ -146,6 +146,16 @@ def test_relative_attention_is_shaws(length: int, monkeypatch: pytest.MonkeyPatc
         assert (found[0, i] - expected).abs().max() < 1e-5
 
 
+def test_published_attention_lets_masked_queries_attend_to_everything_alike() -> None:
+    """The fixtures hardly see it, yet later convolutions read what comes out there."""
+    attention = RelativeAttention(6, heads=2, head_dim=4, dropout=0.0, published=True)
+    x, mask = torch.randn(1, 8, 6), (torch.arange(8) < 5).float()[None, None]
+    values = x[0] @ attention.key_value.weight.chunk(2)[1].T
+    found = attention(x, mask)[0]
+    assert torch.allclose(found[5:], attention.out(values.mean(0)).expand(3, -1), atol=1e-5)
+    assert torch.allclose(found[:5], attention(x[:, :5], mask[..., :5])[0], atol=1e-5)
+
+
 def test_time_features_are_sines_and_cosines_of_1000_t() -> None:
     t = torch.tensor([0.0, 0.3, 1.0])
     found = time_features(t, 8)

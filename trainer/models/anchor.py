@@ -23,11 +23,8 @@ from torch import Tensor, nn
 from trainer.errors import InputError
 from trainer.models.randomness import KeyedDropout, number_sites
 
-POOL_HEADS = 4
-"""Heads of the `attn` pooling, as published."""
-
-FFT_KERNEL_SIZE = 16
-"""From this length on a depthwise convolution takes the FFT on CPUs: at 45 taps it needs half of conv1d's time."""
+POOL_HEADS = 4  # of the `attn` pooling, as published
+FFT_KERNEL_SIZE = 16  # from here on CPUs convolve by FFT: at 45 taps it needs half of conv1d's time
 
 
 class DepthwiseConv(nn.Module):
@@ -40,7 +37,7 @@ class DepthwiseConv(nn.Module):
     """
 
     def __init__(
-        self, channels: int, kernel_size: int, *, causal: bool = False, positive: bool = False, blockwise: bool = False
+        self, channels: int, kernel_size: int, causal: bool = False, positive: bool = False, blockwise: bool = False
     ) -> None:
         super().__init__()
         self.kernel_size, self.causal, self.positive = kernel_size, causal, positive
@@ -62,15 +59,15 @@ class DepthwiseConv(nn.Module):
         on_plain_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         if on_plain_cpu and self.kernel_size >= FFT_KERNEL_SIZE:
             return _fft_convolution(x, self.kernel()[:, 0]) + self.bias
-        groups = self.bias.shape[0]
-        return F.conv1d(x.transpose(1, 2), self.kernel(), self.bias, padding="same", groups=groups).transpose(1, 2)
+        x = x.transpose(1, 2)
+        return F.conv1d(x, self.kernel(), self.bias, padding="same", groups=x.shape[1]).transpose(1, 2)
 
 
 def _fft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
     """The same sum as conv1d's with 'same' padding, over the frequencies. x (B, T, C), kernel (C, K) -> (B, T, C).
 
-    conv1d correlates: out[t] = sum_k w[k] x[t + k - left] with left = (K - 1) // 2 zeros before the first TR. That is
-    the full convolution with the reversed kernel, read from its element K - 1 - left on.
+    conv1d correlates, out[t] = sum_k w[k] x[t + k - left] with left = (K - 1) // 2: the full convolution with the
+    reversed kernel, read from its element K - 1 - left on.
     """
     length, taps = x.shape[1], kernel.shape[1]
     size = length + taps - 1
@@ -122,10 +119,7 @@ class LinearPool(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends over the layers of each TR: (B, T, L, d) -> (B, T, d).
-
-    As published: a learned embedding of the layer is added first, keys and values are projected, the query is free.
-    """
+    """One learned query attends over each TR's layers, to which embeddings are added: (B, T, L, d) -> (B, T, d)."""
 
     def __init__(self, layers: int, embed_dim: int) -> None:
         super().__init__()
@@ -181,10 +175,8 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        def split(projected: Tensor) -> Tensor:
-            return projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        projected = (layer(x).unflatten(2, (self.heads, -1)) for layer in (self.query, self.key, self.value))
+        query, key, value = (part.transpose(1, 2) for part in projected)
         bias = None
         if mask is not None:
             # a large negative number, not -inf: a window without any TR must not make NaN
@@ -194,10 +186,7 @@ class TransformerBlock(nn.Module):
 
 
 class ConvNextBlock(nn.Module):
-    """Depthwise convolution over time, LayerNorm, MLP, residual: (B, T, d) -> (B, T, d).
-
-    Masked TRs are zeroed before the convolution, which so sees what it sees beyond the edge of a window.
-    """
+    """Depthwise convolution over time of unmasked TRs, LayerNorm, MLP, residual: (B, T, d) -> (B, T, d)."""
 
     def __init__(self, dim: int, kernel_size: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
@@ -212,12 +201,12 @@ class ConvNextBlock(nn.Module):
 class Decoder(nn.Module):
     """d -> V by a decoder that all subjects share plus one of each subject's own, in one product.
 
-    The own decoders are one parameter (S, V, d). Without a decoder convolution their sum with the shared one is taken
-    first, so that S subjects cost one matrix product and no intermediate. With one (kernel_size > 1), each subject
-    convolves the embedding over time (depthwise) before its own decoder; the shared decoder sees it as it is.
+    The own decoders are one parameter (S, V, d); the shared one is added to it first, so that S subjects cost one
+    matrix product. With a decoder convolution (kernel_size > 1) each subject convolves the embedding over time
+    (depthwise) before its own decoder; the shared decoder sees it as it is.
     """
 
-    def __init__(self, dim: int, n_subjects: int, n_parcels: int, *, shared: bool, own: bool, kernel_size: int) -> None:
+    def __init__(self, dim: int, n_subjects: int, n_parcels: int, shared: bool, own: bool, kernel_size: int) -> None:
         super().__init__()
         assert shared or own
         self.n_subjects = n_subjects
@@ -253,8 +242,7 @@ class Decoder(nn.Module):
         subjects, dim, kernel_size = self.conv_weight.shape
         # grouped by channel, S kernels in each group, so that one call serves all subjects
         kernel = self.conv_weight.transpose(0, 1).reshape(dim * subjects, 1, kernel_size)
-        bias = self.conv_bias.T.reshape(-1)
-        out = F.conv1d(x.transpose(1, 2), kernel, bias, padding="same", groups=dim)
+        out = F.conv1d(x.transpose(1, 2), kernel, self.conv_bias.T.reshape(-1), padding="same", groups=dim)
         return out.transpose(1, 2).unflatten(2, (dim, subjects))
 
 
@@ -269,9 +257,6 @@ class Anchor(nn.Module):
         hidden_model: what runs on the pooled embedding.
         decoder_kernel_size: taps of the convolution before each own decoder; 1 or less for none.
         dropout: inside the hidden model; keyed by window (`randomness.keyed`).
-
-    Raises:
-        InputError: where a size does not fit another.
     """
 
     def __init__(
@@ -298,8 +283,10 @@ class Anchor(nn.Module):
     ) -> None:
         super().__init__()
         if encoder_causal and encoder_kernel_size % 2 == 0:
-            where, expected = "stage1.model.encoder_kernel_size", "an odd number, which has a centre"
-            raise InputError(where, "cannot be causal", found=encoder_kernel_size, expected=expected)
+            where = "stage1.model.encoder_kernel_size"
+            raise InputError(
+                where, "a causal kernel needs a centre", found=encoder_kernel_size, expected="an odd number"
+            )
         self.layers = [layers for layers, _ in streams]
         self.streams = nn.ModuleList()
         shape = {"causal": encoder_causal, "positive": encoder_positive, "blockwise": encoder_blockwise}
@@ -307,13 +294,11 @@ class Anchor(nn.Module):
             conv = DepthwiseConv(embed_dim, encoder_kernel_size, **shape) if encoder_kernel_size > 1 else None
             self.streams.append(StreamEncoder(width, embed_dim, conv))
         self.pool = _build_pool(pool, sum(self.layers), embed_dim)
-        ratio = float(hidden_mlp_ratio)
         self.hidden = nn.ModuleList(
-            _build_block(hidden_model, embed_dim, hidden_heads, ratio, hidden_kernel_size, dropout)
+            _build_block(hidden_model, embed_dim, hidden_heads, hidden_mlp_ratio, hidden_kernel_size, dropout)
             for _ in range(0 if hidden_model is None else hidden_depth)
         )
-        which = {"shared": shared_decoder, "own": subject_decoders}
-        self.decoder = Decoder(embed_dim, n_subjects, n_parcels, **which, kernel_size=decoder_kernel_size)
+        self.decoder = Decoder(embed_dim, n_subjects, n_parcels, shared_decoder, subject_decoders, decoder_kernel_size)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -398,19 +383,15 @@ def _build_pool(pool: str, layers: int, embed_dim: int) -> nn.Module | None:
         return LinearPool(layers, embed_dim)
     if pool == "attn":
         if embed_dim % POOL_HEADS:
-            expected = f"a multiple of {POOL_HEADS} (heads of attn pooling)"
-            raise InputError("stage1.model.embed_dim", "does not split", found=embed_dim, expected=expected)
+            expected = f"a multiple of {POOL_HEADS}"
+            raise InputError("stage1.model.embed_dim", "unfit for attn pooling", found=embed_dim, expected=expected)
         return AttentionPool(layers, embed_dim)
-    expected = "avg, linear or attn"
-    raise InputError("stage1.model.global_pool", "unknown pooling", found=pool, expected=expected)
+    raise InputError("stage1.model.global_pool", "unknown pooling", found=pool, expected="avg, linear or attn")
 
 
-def _build_block(
-    name: str | None, dim: int, heads: int, mlp_ratio: float, kernel_size: int, dropout: float
-) -> nn.Module:
+def _build_block(name: str | None, dim: int, heads: int, ratio: float, kernel_size: int, dropout: float) -> nn.Module:
     if name == "transformer":
-        return TransformerBlock(dim, heads, mlp_ratio, dropout)
+        return TransformerBlock(dim, heads, ratio, dropout)
     if name == "conv1dnext":
-        return ConvNextBlock(dim, kernel_size, mlp_ratio, dropout)
-    expected = "null, transformer or conv1dnext"
-    raise InputError("stage1.model.hidden_model", "unknown hidden model", found=name, expected=expected)
+        return ConvNextBlock(dim, kernel_size, ratio, dropout)
+    raise InputError("stage1.model.hidden_model", "unknown model", found=name, expected="transformer or conv1dnext")

@@ -81,8 +81,8 @@ class Latent(nn.Module):
     """Standardised principal components of BOLD: z = P (x - m) / s, frozen.
 
     Buffers: mean m (S, V), each subject's; basis P (d, V), orthonormal rows; scale s (d,), the training standard
-    deviations; residual_std (S, V), of what a sample adds outside of the latent (held-out residuals of the anchor).
-    All but the last are NaN until fitted or loaded, so that a latent which was forgotten cannot pass for one.
+    deviations; residual_std (S, V), of what a sample adds outside of the latent (held-out residuals of the anchor, 0
+    until set). The others are NaN until fitted or loaded, so that a latent which was forgotten cannot pass for one.
     """
 
     mean: Tensor
@@ -139,7 +139,7 @@ class LinearLatent(nn.Module):
 
     def decode(self, z: Tensor, anchor: Tensor, subject: Tensor, noise: Tensor | None = None) -> Tensor:
         """(N, T, d) -> (N, T, V)."""
-        return self.back(z)
+        return self.back(z).float()
 
     def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
         """x as the latent reproduces it. (N, T, V) -> (N, T, V)."""
@@ -391,9 +391,8 @@ class FlowMatching(nn.Module):
 
 def _check_latent_dim(latent_dim: int, n_parcels: int) -> None:
     if latent_dim > n_parcels:
-        raise InputError(
-            "stage2.latent_dim", "larger than the BOLD", found=latent_dim, expected=f"at most {n_parcels} parcels"
-        )
+        expected = f"at most {n_parcels}, the number of parcels"
+        raise InputError("stage2.latent_dim", "wider than BOLD", found=latent_dim, expected=expected)
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
