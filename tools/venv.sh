@@ -1,11 +1,17 @@
 # Sourced by demo.sh and test.sh: makes .venv and installs the project once, and again only when its
 # dependencies change. Usage: make_venv [EXTRA]
 make_venv() {
-    local extra=${1:-} python stamp wanted
-    python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-    [ -n "$python" ] || { echo "error: python3 is missing; install Python 3.11 or newer" >&2; return 2; }
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "error: $python is $("$python" -V 2>&1), expected Python 3.11 or newer" >&2; return 2; }
+    local extra=${1:-} python='' candidate stamp wanted have
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            python=$candidate
+            break
+        fi
+    done
+    if [ -z "$python" ]; then
+        echo "error: python3: found $(python3 -V 2>&1 || true), expected Python 3.11 or newer on the PATH" >&2
+        return 2
+    fi
     wanted=$({ cat pyproject.toml constraints.txt; "$python" -V; } | sha256sum | cut -d' ' -f1)
     stamp=.venv/.installed${extra:+-$extra}
     # with the extra all the rest is there as well
