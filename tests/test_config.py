@@ -70,6 +70,10 @@ def test_overrides_reach_any_depth_and_are_yaml(config_file: Path) -> None:
     assert config.datasets["val"].filter.seasons == [6]
 
 
+def test_precision_no_needs_no_quotes(config_file: Path) -> None:
+    assert load_config(config_file, ["precision=no"]).precision == "no"
+
+
 def test_written_back_it_reads_the_same(config_file: Path, tmp_path: Path) -> None:
     config = load_config(config_file, ["stage1.lr=1e-5", "stage1.model.hidden_model=conv1dnext"])
     copy = tmp_path / "copy.yaml"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
@@ -233,6 +233,11 @@ class Config(StrictModel):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints")
     log_every: Positive = Field(25, description="steps between lines of the log")
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _yaml_reads_no_as_false(cls, precision: object) -> object:
+        return "no" if precision is False else precision
+
     @model_validator(mode="after")
     def _sets_exist(self) -> Config:
         for key, name in (("datasets", "train"), ("val_set_name", self.val_set_name)):
@@ -309,7 +314,8 @@ def documentation() -> dict[str, list[tuple[str, str, str]]]:
         for name, field in model.model_fields.items():
             inner = _section(field.annotation)
             if inner is not None:
-                visit(inner, f"{title}.{name}".lstrip("."))
+                free_names = ".<name>" if get_origin(field.annotation) is dict else ""
+                visit(inner, f"{title}.{name}{free_names}".lstrip("."))
                 continue
             default = "required" if field.is_required() else _as_yaml(field.get_default(call_default_factory=True))
             rows.append((name, default, field.description or ""))
