@@ -7,7 +7,8 @@ cd "$(dirname "$0")/.."
 make_venv
 python=.venv/bin/python
 
-$python tools/make_synthetic.py --out data/demo/source --overwrite
+rm -rf data/demo/source
+$python tools/make_synthetic.py --out data/demo/source
 $python tools/make_shards.py --layout configs/datasets/algonauts2025.yaml --root data/demo/source --out data/demo/shards \
     --features llama_3.2_3b/layers.11 whisper/layers.12 vjepa2/norm --overwrite
 $python -m trainer train --config configs/demo.yaml --overwrite
