@@ -84,6 +84,15 @@ def test_best_is_the_highest_r_on_the_set_and_the_earliest_of_equals() -> None:
     assert checkpoint.best_step([score(1, None)], "val") is None
 
 
+def test_stage_2_is_chosen_by_its_loss_on_unseen_runs() -> None:
+    scores = [
+        {"step": step, "set": "val", "estimate": "mean", "pearson_r": r, "flow_loss": loss}
+        for step, r, loss in ((1, 0.3, 1.5), (2, 0.2, 1.2), (3, 0.1, None), (4, 0.4, 1.3))
+    ]
+    assert checkpoint.best_step(scores, "val") == 2
+    assert checkpoint.qualities(scores, "val") == {1: -1.5, 2: -1.2, 4: -1.3}
+
+
 def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     for step in range(1, 7):
         checkpoint.save(tmp_path, step, some(step))

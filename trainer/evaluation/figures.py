@@ -44,10 +44,13 @@ def draw_curves(run: RunDirectory) -> Path | None:
         return None
     figure, axes = plt.subplots(len(logs), 2, figsize=(8, 2.6 * len(logs)), squeeze=False, layout="constrained")
     for row, (number, log) in zip(axes, logs.items(), strict=True):
-        _curve(row[0], log, "train", "loss", COLOURS[number])
+        _curve(row[0], log, "train", "loss", COLOURS[number], label="training")
+        _curve(row[0], log, "val", "flow_loss", "black", marker="o", label="validation")
         _curve(row[1], log, "val", "pearson_r", COLOURS[number], marker="o")
         names = {line["set"] for line in log if line["kind"] == "val"}
         loss = "Mean squared error" if number == 1 else "Flow matching loss"
+        if number == 2:
+            row[0].legend()
         row[0].set(title=f"Stage {number}: training", xlabel="Step", ylabel=loss)
         row[1].set(
             title=f"Stage {number}: {', '.join(sorted(names)) or 'validation'}",
@@ -94,10 +97,10 @@ def chosen_scores(stage: StageDirectory) -> list[dict[str, Any]]:
     return [chosen[name] for name in sorted(chosen)]
 
 
-def _curve(axis: Any, log: list[dict[str, Any]], kind: str, key: str, colour: str, marker: str | None = None) -> None:
+def _curve(axis: Any, log: list[dict[str, Any]], kind: str, key: str, colour: str, **style: Any) -> None:
     points = [(line["step"], line[key]) for line in log if line["kind"] == kind and line.get(key) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3, linewidth=1.2)
+        axis.plot(*zip(*points, strict=True), color=colour, markersize=3, linewidth=1.2, **style)
 
 
 def _widen(axis: Any, at_least: float) -> None:

@@ -144,14 +144,29 @@ def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | 
     return None
 
 
+def quality(score: Mapping[str, Any]) -> float | None:
+    """What a score file says of a checkpoint, higher is better; None where it is not a number.
+
+    Stage 1 is chosen by r. Stage 2 is chosen by its loss on unseen runs, which judges the whole distribution: the r of
+    its mean hardly moves from the anchor's, and would choose a flow that has learnt next to nothing.
+    """
+    if "flow_loss" in score:
+        return None if score["flow_loss"] is None else -float(score["flow_loss"])
+    return None if score["pearson_r"] is None else float(score["pearson_r"])
+
+
+def qualities(scores: Iterable[Mapping[str, Any]], set_name: str) -> dict[int, float]:
+    """Step -> quality on a set, of the steps that were scored there."""
+    rated = {
+        score["step"]: quality(score) for score in scores if (score["set"], score["estimate"]) == (set_name, "mean")
+    }
+    return {step: value for step, value in sorted(rated.items()) if value is not None}
+
+
 def best_step(scores: Iterable[Mapping[str, Any]], set_name: str) -> int | None:
-    """The step with the highest r on a set (the earliest of equals); None where the set was never scored."""
-    rated = [
-        (-score["pearson_r"], score["step"])
-        for score in scores
-        if score["set"] == set_name and score["estimate"] == "mean" and score["pearson_r"] is not None
-    ]
-    return min(rated)[1] if rated else None
+    """The step of the highest quality on a set (the earliest of equals); None where the set was never scored."""
+    rated = qualities(scores, set_name)
+    return max(rated, key=lambda step: rated[step]) if rated else None
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep: Iterable[int | None]) -> None:

@@ -6,7 +6,7 @@ estimate (`mean`, `sample`) become score files, the others stand beside them in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,15 +19,16 @@ from trainer.errors import InputError
 from trainer.models.anchor import Anchor
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.flow import FlowMatching
-from trainer.models.randomness import make_keys
+from trainer.models.randomness import fold_in, make_keys
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-Predictor = Callable[[Batch], Pairs]
 
 # Scores draw their noise from an epoch that no training reaches.
 SCORING_EPOCH = 2**31 - 1
+LOSS_DRAWS = 8
+"""Times and noises that the flow's validation loss is averaged over, the same for every checkpoint."""
 
 
 def shapes_of(study: Study) -> Shapes:
@@ -36,49 +37,60 @@ def shapes_of(study: Study) -> Shapes:
     return Shapes(streams, study.manifest.subjects, study.manifest.parcels)
 
 
-def anchor_predictor(anchor: Anchor) -> Predictor:
+class AnchorPredictor:
     """Stage 1: the anchor itself is the mean."""
 
-    @torch.no_grad()
-    def predict(batch: Batch) -> Pairs:
-        anchor.eval()
-        return {"mean": (anchor(batch.features, batch.mask), batch.bold)}
-
-    return predict
-
-
-def flow_predictor(anchor: Anchor, flow: FlowMatching, config: Config, estimates: Sequence[str]) -> Predictor:
-    """Stage 2: the posterior mean or one sample around the anchor, and what both are inside the latent's subspace.
-
-    Pairs: the estimates asked for, each with `<estimate>_subspace` (prediction and BOLD projected), and `anchor` and
-    `anchor_subspace` to compare with.
-    """
-    options = config.stage2
+    def __init__(self, anchor: Anchor) -> None:
+        self.anchor = anchor
 
     @torch.no_grad()
-    def predict(batch: Batch) -> Pairs:
-        anchor.eval()
-        flow.eval()
-        mu = anchor(batch.features, batch.mask)
-        items = Items(batch, config.seed, SCORING_EPOCH)
-        around = items.take(mu)
-        pairs: Pairs = {}
+    def predict(self, batch: Batch) -> Pairs:
+        """`mean`."""
+        self.anchor.eval()
+        return {"mean": (self.anchor(batch.features, batch.mask), batch.bold)}
+
+
+class FlowPredictor:
+    """Stage 2: the posterior mean or one sample around the anchor, and what both are inside the latent's subspace."""
+
+    def __init__(self, anchor: Anchor, flow: FlowMatching, config: Config, estimates: Sequence[str]) -> None:
+        self.anchor, self.flow, self.estimates = anchor, flow, estimates
+        self.seed, self.options = config.seed, config.stage2
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Pairs:
+        """The estimates asked for and `anchor`, each with `<name>_subspace`: prediction and BOLD projected."""
+        items, around = self._around(batch)
+        arguments = (around, items.mask, items.subject, items.keys)
         predictions = {"anchor": around}
-        if "mean" in estimates:
-            predictions["mean"] = flow.posterior_mean(
-                around, items.mask, items.subject, items.keys, n_draws=options.posterior_draws
-            )
-        if "sample" in estimates:
-            predictions["sample"] = flow.sample(
-                around, items.mask, items.subject, items.keys, temperature=options.temperature
-            )
-        inside = items.put(flow.subspace(items.take(batch.bold), items.subject), batch.bold)
+        if "mean" in self.estimates:
+            predictions["mean"] = self.flow.posterior_mean(*arguments, n_draws=self.options.posterior_draws)
+        if "sample" in self.estimates:
+            predictions["sample"] = self.flow.sample(*arguments, temperature=self.options.temperature)
+        inside = items.put(self.flow.subspace(items.take(batch.bold), items.subject), batch.bold)
+        pairs: Pairs = {}
         for name, prediction in predictions.items():
             pairs[name] = (items.put(prediction, batch.bold), batch.bold)
-            pairs[f"{name}_subspace"] = (items.put(flow.subspace(prediction, items.subject), batch.bold), inside)
+            pairs[f"{name}_subspace"] = (items.put(self.flow.subspace(prediction, items.subject), batch.bold), inside)
         return pairs
 
-    return predict
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
+        items, around = self._around(batch)
+        bold = items.take(batch.bold)
+        losses = [
+            self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), count=1).item()
+            for draw in range(LOSS_DRAWS)
+        ]
+        return sum(losses) / LOSS_DRAWS, int(items.mask.sum())
+
+    def _around(self, batch: Batch) -> tuple[Items, Tensor]:
+        """The batch's items, and what the anchor predicts for them, (N, T, V)."""
+        self.anchor.eval()
+        self.flow.eval()
+        items = Items(batch, self.seed, SCORING_EPOCH)
+        return items, items.take(self.anchor(batch.features, batch.mask))
 
 
 class Items:
@@ -106,6 +118,9 @@ class Items:
         return whole
 
 
+Predictor = AnchorPredictor | FlowPredictor
+
+
 def load_predictor(
     directory: StageDirectory,
     number: int,
@@ -121,11 +136,11 @@ def load_predictor(
     """
     folder = checkpoint.folder_of(directory.checkpoints, step)
     if number == 1:
-        return anchor_predictor(load_anchor(folder, study, device))
+        return AnchorPredictor(load_anchor(folder, study, device))
     anchor = load_anchor(directory.anchor, study, device)
     flow = build_flow(study.config.stage2, shapes_of(study))
     flow.load_state_dict(_weights(folder, study))
-    return flow_predictor(anchor, flow.to(device), study.config, estimates)
+    return FlowPredictor(anchor, flow.to(device), study.config, estimates)
 
 
 def load_anchor(folder: Path, study: Study, device: torch.device) -> Anchor:

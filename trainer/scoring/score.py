@@ -12,6 +12,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from trainer.data.study import Study
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
 from trainer.scoring.metrics import Correlation, PearsonR
-from trainer.scoring.predictor import Predictor, load_predictor
+from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
 
 ESTIMATES = ("mean", "sample")
 
@@ -45,31 +46,42 @@ def score_checkpoint(
     predictor = load_predictor(directory, stage, step, study, device, ESTIMATES[:1] if stage == 1 else ESTIMATES)
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
     for set_name in sets:
-        correlations = score_set(predictor, study, set_name, device)
+        scores = score_set(predictor, study, set_name, device)
         subjects = study.manifest.subjects
-        written = write_scores(
-            directory, correlations, subjects, stage=stage, step=step, set_name=set_name, epoch=epoch
-        )
+        written = write_scores(directory, scores, subjects, stage=stage, step=step, set_name=set_name, epoch=epoch)
         for estimate, score in written.items():
             say(f"-- {set_name}, {estimate}, step {step} ({directory.scores})")
             say("\n".join(lines(score)))
 
 
-def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.device) -> dict[str, Correlation]:
-    """r of every pair that the predictor gives, over all TRs of a set."""
+@dataclass(frozen=True)
+class SetScores:
+    """What one predictor reached on one set: r of every pair it gives, and stage 2's loss."""
+
+    correlations: dict[str, Correlation]
+    flow_loss: float | None
+
+
+def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.device) -> SetScores:
+    """Score a predictor over all TRs of a set."""
     accumulators: dict[str, PearsonR] = {}
     size = (len(study.manifest.subjects), study.manifest.parcels)
+    loss, count = 0.0, 0
     for batch in whole_runs(study.shards, study.spans[set_name], study.streams, study.scaling):
         batch = batch.to(device)
         valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
-        for name, (prediction, target) in predictor(batch).items():
+        for name, (prediction, target) in predictor.predict(batch).items():
             accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
-    return {name: accumulator.compute() for name, accumulator in accumulators.items()}
+        if isinstance(predictor, FlowPredictor):
+            run_loss, run_count = predictor.loss(batch)
+            loss, count = loss + run_loss, count + run_count
+    correlations = {name: accumulator.compute() for name, accumulator in accumulators.items()}
+    return SetScores(correlations, loss / count if count else None)
 
 
 def write_scores(
     directory: StageDirectory,
-    correlations: dict[str, Correlation],
+    scores: SetScores,
     subjects: Sequence[str],
     *,
     stage: int,
@@ -79,6 +91,7 @@ def write_scores(
 ) -> dict[str, dict[str, Any]]:
     """Write one score file for each estimate; returns estimate -> what the file holds."""
     written = {}
+    correlations = scores.correlations
     for estimate in (name for name in ESTIMATES if name in correlations):
         content = {
             "stage": stage,
@@ -93,6 +106,8 @@ def write_scores(
         for key, name in beside.items():
             if name in correlations:
                 content[f"pearson_r_{key}"] = _finite(correlations[name].overall)
+        if scores.flow_loss is not None:
+            content["flow_loss"] = _finite(scores.flow_loss)
         stem = directory.scores / f"step_{step:08d}-{set_name}-{estimate}"
         _write_array(stem.with_suffix(".npy"), correlations[estimate].r)
         write_json(stem.with_suffix(".json"), content)
@@ -118,19 +133,22 @@ def summary(correlation: Correlation, subjects: Sequence[str]) -> dict[str, Any]
 def lines(score: dict[str, Any]) -> list[str]:
     """The score as it is printed."""
     title = f"Stage {score['stage']}" + (f" Epoch {score['epoch']}" if score["stage"] == 2 else "")
-    overall = [f"{title} Overall Pearson's r: {_printed(score['pearson_r'])}"]
-    subjects = [f"{title} - Sub {label} Mean Pearson's r: {_printed(r)}" for label, r in score["per_subject"].items()]
+    overall = [f"{title} Overall Pearson's r: {printed(score['pearson_r'])}"]
+    subjects = [f"{title} - Sub {label} Mean Pearson's r: {printed(r)}" for label, r in score["per_subject"].items()]
     inside = []
     if score.get("pearson_r_subspace") is not None:
         inside = [
-            f"{title} r inside the subspace: {_printed(score['pearson_r_subspace'])} (the anchor's: "
-            f"{_printed(score['pearson_r_anchor_subspace'])}; outside and in, the anchor's r is "
-            f"{_printed(score['pearson_r_anchor'])})"
+            f"{title} r inside the subspace: {printed(score['pearson_r_subspace'])} (the anchor's: "
+            f"{printed(score['pearson_r_anchor_subspace'])}; outside and in, the anchor's r is "
+            f"{printed(score['pearson_r_anchor'])})"
         ]
+    if score.get("flow_loss") is not None:
+        inside.append(f"{title} flow matching loss: {score['flow_loss']:.4f}")
     return overall + subjects + inside
 
 
-def _printed(r: float | None) -> str:
+def printed(r: float | None) -> str:
+    """r with four decimals."""
     return "not a number" if r is None else f"{r:.4f}"
 
 

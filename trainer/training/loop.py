@@ -34,8 +34,8 @@ class Phase:
 
     `objective(batch, epoch)` gives (sum of losses over the batch, number of terms in the sum); the loss of a step is
     the sum over all processes divided by the count over all processes. `validate(step)` scores the current weights,
-    writes the score file and returns r. `schedule_steps` is the length of the learning rate's schedule: a refit of
-    fewer steps follows the same one.
+    writes the score file and returns its quality (`checkpoint.quality`). `schedule_steps` is the length of the learning
+    rate's schedule: a refit of fewer steps follows the same one.
     """
 
     title: str
@@ -79,11 +79,11 @@ def learning_rate(step: int, total: int, optimisation: OptimisationConfig) -> fl
 
 
 def should_stop(history: Sequence[tuple[int, float]], patience: int | None) -> bool:
-    """Whether the last `patience` validations of [(step, r), ...] brought no better r than those before."""
+    """Whether the last `patience` validations of [(step, quality), ...] brought nothing better than those before."""
     if patience is None or len(history) <= patience:
         return False
-    rs = [r for _, r in sorted(history)]
-    return max(rs[-patience:]) <= max(rs[:-patience])
+    values = [value for _, value in sorted(history)]
+    return max(values[-patience:]) <= max(values[:-patience])
 
 
 class Training:
@@ -95,7 +95,8 @@ class Training:
         optimizer = adamw(phase.model, phase.optimisation)
         self.step = restore(phase, optimizer) if resume else 0
         self.objective, self.optimizer = accelerator.prepare(phase.objective, optimizer)
-        self.history = validations(phase, self.step)
+        scored = checkpoint.qualities(phase.directory.read_scores(), phase.val_set_name)
+        self.history = [(step, value) for step, value in scored.items() if step <= self.step]
         self.tally = Tally()
 
     def run(self) -> int:
@@ -182,8 +183,7 @@ class Training:
 
     def _validate(self) -> None:
         assert self.phase.validate is not None
-        r = self.phase.validate(self.step)
-        self.history.append((self.step, r))
+        self.history.append((self.step, self.phase.validate(self.step)))
         self.tally.reset()  # the time of a validation is no part of the training's speed
 
     def _report(self, norm: Tensor, bar: Any) -> None:
@@ -271,12 +271,3 @@ def restore(phase: Phase, optimizer: torch.optim.AdamW) -> int:
                 "exp_avg_sq": found.moments[f"exp_avg_sq.{name}"].to(parameter.device),
             }
     return step
-
-
-def validations(phase: Phase, up_to: int) -> list[tuple[int, float]]:
-    """[(step, r), ...] on the validation set up to a step, from the score files."""
-    return sorted(
-        (score["step"], score["pearson_r"])
-        for score in phase.directory.read_scores()
-        if score["set"] == phase.val_set_name and score["estimate"] == "mean" and score["step"] <= up_to
-    )

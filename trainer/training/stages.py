@@ -7,6 +7,7 @@ chose; the refit has no validation of its own, and a refitted flow stands around
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,14 @@ from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import make_accelerator
 from trainer.scoring.predictor import (
+    AnchorPredictor,
+    FlowPredictor,
     Items,
     Predictor,
-    anchor_predictor,
-    flow_predictor,
     load_anchor,
     shapes_of,
 )
-from trainer.scoring.score import lines, score_checkpoint, score_set, write_scores
+from trainer.scoring.score import lines, printed, score_checkpoint, score_set, write_scores
 from trainer.training import crossfit
 from trainer.training.loop import Phase, Training
 
@@ -198,7 +199,7 @@ def anchor_phase(
     phase = _phase(job, directory, anchor, AnchorObjective(anchor, seed), spans, job.config.stage1, title, seed, steps)
     if validates:
         phase.validate_every = phase.steps_per_epoch
-        _validate_with(job, phase, 1, anchor_predictor(anchor))
+        _validate_with(job, phase, 1, AnchorPredictor(anchor))
     return phase
 
 
@@ -225,7 +226,7 @@ def flow_phase(
     )
     if not refit:
         phase.validate_every = phase.steps_per_epoch * config.stage2.snapshot_every_epochs
-        _validate_with(job, phase, 2, flow_predictor(anchor, flow, config, ("mean",)), flow)
+        _validate_with(job, phase, 2, FlowPredictor(anchor, flow, config, ("mean",)), flow)
     return phase
 
 
@@ -303,11 +304,11 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
     """Let the phase score its validation set, in its own loop, with the weights as they are."""
 
     def validate(step: int) -> float:
-        correlations = score_set(predictor, job.study, phase.val_set_name, job.accelerator.device)
+        scores = score_set(predictor, job.study, phase.val_set_name, job.accelerator.device)
         epoch = step // phase.steps_per_epoch
         written = write_scores(
             phase.directory,
-            correlations,
+            scores,
             job.study.manifest.subjects,
             stage=stage,
             step=step,
@@ -316,13 +317,16 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
         )["mean"]
         logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"]}
         if flow is not None:
-            logged["latent_std"] = _latent_range(job, flow, phase)
+            logged |= {"flow_loss": written["flow_loss"], "latent_std": _latent_range(job, flow, phase)}
         phase.directory.append_metrics(kind="val", step=step, **logged)
         if stage == 2:
             job.say("\n".join(lines(written)))
         else:
-            job.say(f"{phase.title} step {step} epoch {epoch} r on {phase.val_set_name} {written['pearson_r']:.4f}")
-        return float(written["pearson_r"])
+            job.say(
+                f"{phase.title} step {step} epoch {epoch} r on {phase.val_set_name} {printed(written['pearson_r'])}"
+            )
+        value = checkpoint.quality(written)
+        return -math.inf if value is None else value
 
     phase.validate = validate
 
