@@ -8,11 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-LEAVES = {"errors", "strict", "config"}
+LEAVES = {"errors", "strict", "config", "progress"}
 ALLOWED = {
     "errors": set(),
     "strict": {"errors"},
     "config": {"errors", "strict"},
+    "progress": set(),
     "data": LEAVES,
     "models": LEAVES,
     "run": LEAVES,

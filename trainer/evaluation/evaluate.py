@@ -9,6 +9,7 @@ import torch
 from trainer.config import load_config
 from trainer.data.study import Study
 from trainer.errors import InputError
+from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.scoring.score import score_checkpoint
@@ -34,7 +35,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
                 known = ", ".join(study.spans)
                 raise InputError("--set", "no such set in the run", found=name, expected=f"one of {known}")
         for each in _steps(chosen, step, study.config.val_set_name):
-            score_checkpoint(chosen, number, each, study, named, device, print)
+            score_checkpoint(chosen, number, each, study, named, device, say)
 
 
 def _steps(directory: StageDirectory, wanted: str, val_set_name: str) -> list[int]:

@@ -26,6 +26,7 @@ from trainer.models.anchor import Anchor, anchor_loss
 from trainer.models.build import build_anchor, build_flow
 from trainer.models.flow import FlowMatching
 from trainer.models.randomness import keyed, make_keys
+from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import make_accelerator
@@ -55,7 +56,7 @@ class Job:
     def say(self, line: str) -> None:
         """Print on the main process."""
         if self.accelerator.is_main_process:
-            print(line, flush=True)
+            say(line)
 
 
 def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, overwrite: bool) -> RunDirectory | None:
