@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 
 import pytest
@@ -27,6 +28,15 @@ def test_a_command_prints_it_and_exits_with_2(capsys: pytest.CaptureFixture[str]
 
     assert command() == 2
     assert capsys.readouterr().err == "error: f.h5: missing\n"
+
+
+def test_a_full_disk_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_input_error
+    def command() -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/x.json")
+
+    assert command() == 2
+    assert capsys.readouterr().err.startswith("error: run/x.json: No space left on device.")
 
 
 def test_other_errors_keep_their_traceback() -> None:

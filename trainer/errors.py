@@ -7,6 +7,7 @@ mistake and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class InputError(Exception):
 
 
 def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's `main`: an `InputError` becomes one line on stderr and exit status 2."""
+    """Wrap a command's `main`: an `InputError` or a full disk becomes one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
@@ -57,6 +58,12 @@ def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:
             return main(*args, **kwargs)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}. Make room and run the command again.", file=sys.stderr)
             return 2
 
     return wrapped

@@ -54,12 +54,16 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def save(checkpoints: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; it appears complete or not at all, and replaces one of the same step."""
+    """Write a checkpoint; it appears complete or not at all, and replaces one of the same step.
+
+    Raises:
+        InputError: it cannot be written (a full disk, say); the older checkpoints are untouched.
+    """
     final = folder_of(checkpoints, step)
     aside = checkpoints / f".{final.name}.{os.getpid()}"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         save_file(_storable(checkpoint.model), aside / "model.safetensors")
         save_file(_storable(checkpoint.moments), aside / "optimizer.safetensors")
         sums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
@@ -74,9 +78,11 @@ def save(checkpoints: Path, step: int, checkpoint: Checkpoint) -> Path:
         else:
             aside.rename(final)
         _to_disk(checkpoints)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        fix = "Older checkpoints are whole: make room and continue with --resume."
+        raise InputError(final, f"cannot be written: {error}", fix=fix) from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     return final
 
 
