@@ -2,9 +2,10 @@
 
     python tools/overfit.py --config configs/full.yaml --subject-idx 0 --steps 500
 
-Trains the flow of a configuration on one fixed batch of one subject, with new noise at every step, around a mean of
-zero (or the anchor of a run, with --run). Prints the losses and the r of a 25-step sample with its target, and exits
-with status 1 unless the mean of the last 20 losses is below --threshold of the first.
+Trains the flow of a configuration on one fixed batch of one subject, with new noise at every step, around the anchor of
+a run (--run), or an untrained one: it has to tell the windows apart, and no more. Prints the losses and the r of a
+25-step sample with its target, and exits with status 1 unless the mean of the last 20 losses is below --threshold of the
+first.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 
 from trainer.config import Config, load_config
-from trainer.data.loader import Batch, make_batch
+from trainer.data.loader import Batch, feature_statistics, make_batch
 from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.errors import InputError, exit_on_input_error
-from trainer.models.build import build_flow
+from trainer.models.anchor import Anchor
+from trainer.models.build import build_anchor, build_flow
 from trainer.models.flow import FlowMatching
 from trainer.run.directory import RunDirectory
 from trainer.scoring.metrics import PearsonR
@@ -33,6 +35,8 @@ from trainer.training.loop import adamw
 from trainer.training.stages import FlowObjective
 
 LAST = 20
+UNTRAINED_STD = 0.3
+"""Standard deviation that an untrained anchor's prediction is brought to: about a trained one's."""
 
 
 @exit_on_input_error
@@ -81,12 +85,21 @@ def one_batch(study: Study, subject: int, run: Path | None, device: torch.device
     batch = make_batch(
         study.shards, plan.batch(0, 0), study.streams, study.scaling, sample_length=study.config.sample_length
     )
-    if run is None:
-        return replace(batch, anchor=torch.zeros_like(batch.bold))
-    anchor = load_anchor(RunDirectory(run).stage(2).anchor, study, device)
+    anchor = untrained_anchor(study) if run is None else load_anchor(RunDirectory(run).stage(2).anchor, study, device)
+    moved = batch.to(device)
     with torch.no_grad():
-        moved = batch.to(device)
-        return replace(moved, anchor=anchor.eval()(moved.features, moved.mask))
+        prediction = anchor.to(device).eval()(moved.features, moved.mask)
+    if run is None:
+        prediction *= UNTRAINED_STD / prediction.std()
+    return replace(moved, anchor=prediction)
+
+
+def untrained_anchor(study: Study) -> Anchor:
+    """An anchor as it is initialised, on standardised features."""
+    torch.manual_seed(study.config.seed)
+    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
+    anchor.set_standardising(*feature_statistics(study.shards, study.spans["train"], study.streams))
+    return anchor
 
 
 def memorise(flow: FlowMatching, batch: Batch, config: Config, steps: int) -> list[float]:
