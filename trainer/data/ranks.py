@@ -15,8 +15,10 @@ import os
 import queue
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from trainer.errors import InputError
@@ -44,38 +46,41 @@ class Crew:
 
         Args:
             function: of a module, so that other ranks can import it. It runs with a `tick` that is None elsewhere.
-            tick: handed to tasks that run in this process.
-            finished: called with the index of each task that another process has done.
+            tick: handed to the tasks of a process that is alone.
+            finished: called with the index of each task that one of several processes has done.
 
-        Raises: what a task raised, soon after it did: while this process works, at its next tick.
+        Raises: what a task raised, at once, whatever the other tasks are at.
         """
         if self._executor is None:
             return [function(*task, tick) for task in tasks]
         futures = [self._executor.submit(function, *task, None) for task in tasks]
-        results: dict[int, Result] = {}
-        arrived: queue.SimpleQueue[int] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
         for i, future in enumerate(futures):
-            future.add_done_callback(lambda _, i=i: arrived.put(i))
+            future.add_done_callback(lambda f, i=i: None if f.cancelled() else arrived.put((i, f)))
 
-        def collect(wait: bool) -> None:
-            while len(results) < len(tasks):
-                try:
-                    i = arrived.get(block=wait)
-                except queue.Empty:
-                    return
-                if not futures[i].cancelled():
-                    results[i] = futures[i].result()
-                    finished(i)
+        def take_my_share() -> None:
+            for i in reversed(range(len(tasks))):
+                if futures[i].cancel():  # only what no rank has begun can be taken back
+                    arrived.put((i, _done(function, *tasks[i], None)))
 
-        def tick_and_look(name: str) -> None:
-            tick(name)
-            collect(wait=False)
-
-        for i in reversed(range(len(tasks))):
-            if futures[i].cancel():  # only what no rank has begun can be taken back
-                results[i] = function(*tasks[i], tick_and_look)
-        collect(wait=True)
+        # in a thread, so that this one hears of the failure of another rank, or a signal, while a task runs here
+        threading.Thread(target=take_my_share, daemon=True).start()
+        results: dict[int, Result] = {}
+        while len(results) < len(tasks):
+            i, future = arrived.get()
+            results[i] = future.result()
+            finished(i)
         return [results[i] for i in range(len(tasks))]
+
+
+def _done(function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """Run a function here; what it returns or raises, as another rank would send it."""
+    future: Future[Result] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except BaseException as error:
+        future.set_exception(error)
+    return future
 
 
 def on_ranks(lead: Callable[[Crew], int]) -> int:
