@@ -11,9 +11,9 @@ PACKAGE = ROOT / "trainer"
 LEAVES = {"errors", "strict", "config", "progress"}
 ALLOWED = {
     "errors": set(),
+    "progress": set(),
     "strict": {"errors"},
     "config": {"errors", "strict"},
-    "progress": set(),
     "data": LEAVES,
     "models": LEAVES,
     "run": LEAVES,

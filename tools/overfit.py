@@ -4,7 +4,6 @@
 
 Trains the flow of a configuration on one fixed batch of one subject, with new noise at every step, around the anchor of
 a run (--run), or an untrained one: it has to tell the windows apart, and no more. Prints the losses and the r of a
-a run (--run), or an untrained one: it has to tell the windows apart, and no more. Prints the losses and the r of a
 25-step sample with its target, and exits with status 1 unless the mean of the last 20 losses is below --threshold of
 the first.
 """

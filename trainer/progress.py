@@ -1,18 +1,43 @@
-"""Progress of long work: a bar on a terminal, nothing in a log file (there the results themselves are lines)."""
+"""How long work shows itself: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+Tick = Callable[[str], None]
+"""Called with the name of each piece of work that is done."""
 
 
-def progress(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """The items, with a bar on stderr where that is a terminal."""
+def silent(_: str) -> None:
+    """The tick of work that nobody watches."""
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Tick]:
+    """A tick for each of `total` pieces of work; without a terminal about every tenth of them gives a line."""
+    done = 0
+    with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty()) as bar:
+
+        def tick(name: str) -> None:
+            nonlocal done
+            done += 1
+            if not bar.disable:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update()
+            elif done == total or done % max(total // 10, 1) == 0:
+                print(f"{done}/{total} {unit}s: {name}", flush=True)
+
+        yield tick
+
+
+def watched(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+    """The items, with a bar that goes away; for work whose results are lines of their own."""
     return iter(tqdm(items, desc=title, total=total, leave=False, disable=not sys.stderr.isatty()))
 
 

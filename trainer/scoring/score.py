@@ -21,7 +21,7 @@ import torch
 
 from trainer.data.loader import whole_runs
 from trainer.data.study import Study
-from trainer.progress import progress
+from trainer.progress import watched
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
 from trainer.scoring.metrics import Correlation, PearsonR
@@ -70,7 +70,7 @@ def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.d
     loss, count = 0.0, 0
     spans = study.spans[set_name]
     runs = whole_runs(study.shards, spans, study.streams, study.scaling)
-    for batch in progress(runs, f"scoring {set_name}", len(spans)):
+    for batch in watched(runs, f"scoring {set_name}", len(spans)):
         batch = batch.to(device)
         valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
         for name, (prediction, target) in predictor.predict(batch).items():

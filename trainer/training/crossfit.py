@@ -23,7 +23,7 @@ from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent
-from trainer.progress import progress
+from trainer.progress import watched
 
 
 def folds(spans: Sequence[Span], manifest: Manifest, k: int) -> list[list[Span]]:
@@ -103,7 +103,7 @@ class Predictions(Mapping[int, np.ndarray]):
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             wanted = sorted({span.sample for _, spans in parts for span in spans})
-            for sample in progress(wanted, "predicting unseen runs", len(wanted)):
+            for sample in watched(wanted, "predicting unseen runs", len(wanted)):
                 if not self.path(sample).exists():
                     self._write_sample(sample, parts, accelerator.device)
         accelerator.wait_for_everyone()
