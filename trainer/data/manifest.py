@@ -171,7 +171,18 @@ class Manifest:
         """Read a folder's manifest and compare the statistics beside it with their checksum.
 
         Raises:
-            InputError: no manifest, not JSON, another format, edited since it was written, or statistics that differ.
+            InputError: as `read`, or statistics that differ.
+        """
+        manifest = cls.read(folder)
+        check_file(Path(folder), manifest.statistics, full=True)
+        return manifest
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Manifest:
+        """Read a folder's manifest and nothing else.
+
+        Raises:
+            InputError: no manifest, not JSON, another format, or edited since it was written.
         """
         folder = Path(folder)
         path = folder / MANIFEST
@@ -188,9 +199,7 @@ class Manifest:
                 expected=claimed,
                 fix="Build the shards again.",
             )
-        manifest = _from_json(content, folder)
-        check_file(folder, manifest.statistics, full=True)
-        return manifest
+        return _from_json(content, folder)
 
 
 def write_statistics(folder: Path, moments: Mapping[str, Moments]) -> FileRecord:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import webdataset as wds
@@ -83,11 +83,11 @@ class Shards:
     Opening compares the size of every tar with the manifest. Raises InputError where one is missing or differs.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
         self.manifest = Manifest.load(folder)
         self.folder = Path(folder)
         for record in self.manifest.shards:
-            check_file(self.folder, record)
+            check_file(self.folder, record, full=verify == "full")
         self._files: dict[int, int] = {}
 
     def read(
@@ -115,22 +115,21 @@ class Shards:
         """
         described = self.manifest.samples[sample]
         place = described.arrays[name]
-        time_axis = 1 if name == BOLD else 0
-        if not 0 <= start <= stop <= place.shape[time_axis]:
-            raise ValueError(f"{described.key}: TRs {start} to {stop} are outside its {place.shape[time_axis]} TRs")
-        if row is not None and not (name == BOLD and 0 <= row < place.shape[0]):
+        is_bold = name == BOLD
+        n_trs, *inner = place.shape[1:] if is_bold else place.shape
+        if not 0 <= start <= stop <= n_trs:
+            raise ValueError(f"{described.key}: TRs {start} to {stop} are outside its {n_trs} TRs")
+        if row is not None and not (is_bold and 0 <= row < place.shape[0]):
             raise ValueError(f"{described.key}: {name} has no row {row}")
-        inner = place.shape[time_axis + 1 :]
-        shape = (stop - start, *inner)
-        if name == BOLD and row is None:
-            shape = (place.shape[0], *shape)
-        out = _buffer(out, shape, np.dtype(place.dtype))
+        every = is_bold and row is None
+        shape = (place.shape[0], stop - start, *inner) if every else (stop - start, *inner)
+        out = _buffer(out, shape, place.dtype)
         row_bytes = out.itemsize * math.prod(inner)
-        if name != BOLD:
-            self._fill(described, place.offset + start * row_bytes, out)
-            return out
-        for i, target in enumerate(out) if row is None else [(row, out)]:
-            self._fill(described, place.offset + (i * place.shape[1] + start) * row_bytes, target)
+        if every:
+            for i, target in enumerate(out):
+                self._fill(described, place.offset + (i * n_trs + start) * row_bytes, target)
+        else:
+            self._fill(described, place.offset + ((row or 0) * n_trs + start) * row_bytes, out)
         return out
 
     def _fill(self, sample: Sample, offset: int, target: np.ndarray) -> None:
@@ -181,7 +180,7 @@ class Shards:
         return {**self.__dict__, "_files": {}}
 
 
-def _buffer(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _buffer(out: np.ndarray | None, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     if out is None:
         return np.empty(shape, dtype)
     if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:

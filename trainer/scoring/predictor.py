@@ -1,7 +1,8 @@
 """From the checkpoints of a run to something that predicts whole runs.
 
-A predictor takes a batch and gives named pairs (prediction, target), each (B, S, T, V); the pairs named like an
-estimate (`mean`, `sample`) become score files, the others stand beside them in the same file.
+A predictor takes a batch of one span and gives named pairs (prediction, target), each (B, S, T, V) without the
+context around the span; the pairs named like an estimate (`mean`, `sample`) become score files, the others stand
+beside them in the same file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.anchor import Anchor
@@ -42,9 +43,16 @@ def anchor_predictor(anchor: Anchor) -> Predictor:
     @torch.no_grad()
     def predict(batch: Batch) -> Pairs:
         anchor.eval()
-        return {"mean": (anchor(batch.features, batch.mask), batch.bold)}
+        mu, batch = _anchored(anchor, batch)
+        return {"mean": (mu, batch.bold)}
 
     return predict
+
+
+def _anchored(anchor: Anchor, batch: Batch) -> tuple[Tensor, Batch]:
+    """What the anchor predicts with the context in sight, and the batch, both cut to the TRs that are scored."""
+    scored = batch.scored()
+    return anchor(batch.features, batch.mask)[:, :, scored], batch.cut(scored)
 
 
 def flow_predictor(anchor: Anchor, flow: FlowMatching, config: Config, estimates: Sequence[str]) -> Predictor:
@@ -59,7 +67,7 @@ def flow_predictor(anchor: Anchor, flow: FlowMatching, config: Config, estimates
     def predict(batch: Batch) -> Pairs:
         anchor.eval()
         flow.eval()
-        mu = anchor(batch.features, batch.mask)
+        mu, batch = _anchored(anchor, batch)
         items = Items(batch, config.seed, SCORING_EPOCH)
         around = items.take(mu)
         pairs: Pairs = {}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.loader import whole_runs
+from trainer.data.batches import whole_runs
 from trainer.data.study import Study
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
@@ -59,9 +59,10 @@ def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.d
     """r of every pair that the predictor gives, over all TRs of a set."""
     accumulators: dict[str, PearsonR] = {}
     size = (len(study.manifest.subjects), study.manifest.parcels)
-    for batch in whole_runs(study.shards, study.spans[set_name], study.streams, study.scaling):
+    context = study.config.data.context_trs
+    for batch in whole_runs(study.shards, study.spans[set_name], study.streams, study.scaling, context=context):
         batch = batch.to(device)
-        valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
+        valid = batch.cut(batch.scored()).mask[:, None, :] & batch.subject_mask[:, :, None]
         for name, (prediction, target) in predictor(batch).items():
             accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
     return {name: accumulator.compute() for name, accumulator in accumulators.items()}
