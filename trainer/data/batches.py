@@ -172,8 +172,8 @@ def fill(
         inner = slice(context, context + len(window))
         mask[i, place] = loss_mask[i, inner] = True
         for stream, array in zip(streams, features, strict=True):
-            _clear(array[i], place)
-            source.read(window.sample, stream.name, first, last, array[i, place])
+            rows = _kept(array[i], place)
+            source.read(window.sample, stream.name, first, last, rows)
         _read_bold(source, window, scaling, bold[i], inner)
         if stored is not None and anchor is not None:
             _copy_anchor(anchor, window, stored[i], inner)
@@ -181,10 +181,13 @@ def fill(
     batch.windows.numpy()[:] = [window.index for window in windows]
 
 
-def _clear(rows: np.ndarray, kept: slice) -> None:
-    """Zeros along the first axis outside `kept`."""
+def _kept(rows: np.ndarray, kept: slice) -> np.ndarray:
+    """The rows of `kept`; zeros are written into the others."""
+    if kept.stop - kept.start == len(rows):
+        return rows
     rows[: kept.start] = 0
     rows[kept.stop :] = 0
+    return rows[kept]
 
 
 def _read_bold(source: Source, window: Window, scaling: BoldScaling, target: np.ndarray, inner: slice) -> None:
@@ -192,8 +195,7 @@ def _read_bold(source: Source, window: Window, scaling: BoldScaling, target: np.
     present = source.manifest.samples[window.sample].subjects
     for subject, label in enumerate(source.manifest.subjects):
         if window.subjects[subject]:
-            _clear(target[subject], inner)
-            out = target[subject, inner]
+            out = _kept(target[subject], inner)
             source.read(window.sample, BOLD, window.start, window.stop, out, row=present.index(label))
             scaling.apply(out, window.sample, subject)
         else:
@@ -205,8 +207,7 @@ def _copy_anchor(anchor: Anchors, window: Window, target: np.ndarray, inner: sli
     predictions = anchor[window.sample]
     for subject, used in enumerate(window.subjects):
         if used:
-            _clear(target[subject], inner)
-            target[subject, inner] = predictions[subject, window.start : window.stop]
+            _kept(target[subject], inner)[:] = predictions[subject, window.start : window.stop]
         else:
             target[subject] = 0
 
