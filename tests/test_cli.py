@@ -194,3 +194,30 @@ def test_ctrl_c_and_resume_give_the_weights_of_an_uninterrupted_run(
     expected = weights(whole / "stage1")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(part / "stage1").items())
     assert sorted(path.name for path in (part / "stage1" / "starts").iterdir()) == ["1.json", "2.json"]
+
+
+@pytest.mark.slow
+def test_where_the_data_stand_and_who_reads_them_changes_no_weight(
+    debug_run: Path, debug_config: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = weights(debug_run / "stage1"), weights(debug_run / "stage2")
+    for i, options in enumerate((["data.residence=device"], ["data.residence=disk", "data.num_workers=2"])):
+        run = tmp_path / str(i)
+        remote = f"data.shards=pipe:cat {tiny_shards}" if i else f"data.shards={tiny_shards}"
+        cached = f"data.cache_dir={tmp_path / 'cache'}"
+        assert main(["train", "--config", str(debug_config), "--run", str(run), remote, cached, *options]) == 0
+        assert f"{options[0].replace('=', ': ')} (" in capsys.readouterr().out
+        for stage, before in zip(("stage1", "stage2"), expected, strict=True):
+            assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run / stage).items())
+
+
+def test_context_changes_training_and_scores_and_still_resumes(
+    debug_run: Path, debug_config: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    arguments = ["train", "--config", str(debug_config), f"data.shards={tiny_shards}", "data.context_trs=2"]
+    assert main([*arguments, "--run", str(tmp_path / "c")]) == 0
+    before = weights(debug_run / "stage1")
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "c" / "stage1").items())
+    scores = [json.loads(path.read_text()) for path in (tmp_path / "c").rglob("scores/*-test-mean.json")]
+    expected = [json.loads(path.read_text()) for path in debug_run.rglob("scores/*-test-mean.json")]
+    assert len(scores) == 2 and {s["n_trs"] for s in scores} == {s["n_trs"] for s in expected}

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from trainer.config import Config, load_config
-from trainer.data.loader import Batch, feature_statistics, make_batch
+from trainer.data.batches import Batch, make_batch
 from trainer.data.plan import Span
+from trainer.data.statistics import feature_statistics
 from trainer.data.study import Study
 from trainer.errors import InputError, exit_on_input_error
 from trainer.models.anchor import Anchor

@@ -59,8 +59,27 @@ class DatasetConfig(StrictModel):
 class DataConfig(StrictModel):
     """Where the shards lie and how they are read."""
 
-    shards: str = Field(description="folder that tools/make_shards.py wrote")
+    shards: str = Field(description="folder that tools/make_shards.py wrote, or its URL (`https:`, `s3:`, `pipe:`)")
     num_workers: NotNegative = Field(0, description="reading processes beside the training; 0 reads in it")
+    prefetch: Positive = Field(2, description="batches that each of them reads ahead")
+    residence: Literal["device", "host", "disk", "auto"] = Field(
+        "auto",
+        description="where the data stand: on the GPU, in memory once per node, read per window, or the first that "
+        "fits into half of what is free",
+    )
+    context_trs: NotNegative = Field(
+        0,
+        description="TRs on both sides of a window whose features stage 1 sees too, but does not learn from; half the "
+        "kernel's TRs give every TR of a window what it has in the whole run",
+    )
+    verify: Literal["size", "full"] = Field(
+        "size", description="what is compared with the manifest at the start: sizes, or every SHA-256"
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="local folder for copies of remote shards; null: `fmri-flow-UID` in the folder for temporary files",
+    )
+    cache_gb: float = Field(100, gt=0, description="size in GB that the copies may grow to; the oldest make room")
 
 
 class BoldConfig(StrictModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from trainer.data.shards import Shards
+from trainer.data.manifest import Manifest, Moments, Sample, Stream, describe_file, write_statistics
+from trainer.data.shards import SampleContent, Shards, write_shard
 
 LAYOUT = r"""
 name: invented
@@ -88,6 +90,30 @@ def write_invented(root: Path) -> Invented:
             made.put_features(model, run, dataset, values)
             made.features[run, model] = values
     return made
+
+
+def write_shards(
+    folder: Path, samples: Sequence[SampleContent], subjects: Sequence[str], parcels: int, streams: Sequence[Stream]
+) -> Manifest:
+    """Shards of given arrays, one tar a sample, without any source files. `bold` has a row for every subject."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described, records, moments = [], [], []
+    for i, content in enumerate(samples):
+        path = folder / f"shard-{i:05d}.tar"
+        places = write_shard(path, [content])[content.key]
+        n_trs = content.arrays["bold"].shape[1]
+        described.append(
+            Sample(content.key, i, "s", content.key, 1, None, None, None, None, n_trs, tuple(subjects), places)
+        )
+        records.append(describe_file(path))
+        moments.append({name: Moments.of(content.arrays[name]) for name in (s.name for s in streams)})
+        moments[-1]["bold"] = Moments.stack([Moments.of(row) for row in content.arrays["bold"]])
+    statistics = write_statistics(folder, {n: Moments.stack([m[n] for m in moments]) for n in moments[0]})
+    manifest = Manifest(
+        "made", 1.5, tuple(subjects), parcels, tuple(streams), tuple(described), tuple(records), statistics, folder
+    )
+    manifest.save(folder)
+    return manifest
 
 
 @pytest.fixture

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.data.conftest import PARCELS, Invented
+from tests.data.conftest import PARCELS, Invented, write_shards
 from trainer.config import Filter
-from trainer.data.loader import (
-    NO_SCALING,
-    Batch,
-    BoldScaling,
-    bold_statistics,
-    feature_statistics,
-    make_batch,
-    training_batches,
-    whole_runs,
-)
-from trainer.data.plan import Plan, Span, Window, select
-from trainer.data.shards import Shards
+from trainer.data import loader
+from trainer.data.batches import Batch, BatchShape, make_batch, whole_runs
+from trainer.data.loader import Reading, training_batches
+from trainer.data.manifest import Stream
+from trainer.data.plan import Part, Plan, Span, Window, select
+from trainer.data.shards import SampleContent, Shards
+from trainer.data.statistics import NO_SCALING, BoldScaling, bold_statistics, feature_statistics
 from trainer.errors import InputError
 
 ALL = (True, True, True)
@@ -30,7 +37,7 @@ ALL = (True, True, True)
 
 def _equal(one: Batch, other: Batch) -> bool:
     pairs = [*zip(one.features, other.features, strict=True), (one.bold, other.bold), (one.mask, other.mask)]
-    pairs += [(one.subject_mask, other.subject_mask), (one.windows, other.windows)]
+    pairs += [(one.subject_mask, other.subject_mask), (one.windows, other.windows), (one.loss_mask, other.loss_mask)]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
@@ -106,46 +113,204 @@ def _plan(shards: Shards, length: int = 22) -> Plan:
     return Plan(select(shards.manifest, Filter()), 11, length, 24, 4)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_together_read_the_global_batch(invented_shards: Shards, world: int) -> None:
-    plan, streams = _plan(invented_shards), invented_shards.manifest.streams
-    whole = list(training_batches(invented_shards, plan, streams, NO_SCALING, 3))
+def _read(shards: Shards, plan: Plan, *, streams: bool = True, part: Part = Part(), **options: Any) -> Iterator[Batch]:  # noqa: B008
+    reading = Reading(shards.manifest.streams if streams else [], NO_SCALING, part=part)
+    return training_batches(shards, plan, reading, **options)
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    names = ("bold", "mask", "loss_mask", "subject_mask", "windows")
+    features = [torch.cat(tensors) for tensors in zip(*(p.features for p in parts), strict=True)]
+    return Batch(features, *(torch.cat([getattr(p, n) for p in parts]) for n in names))
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_ranks_and_their_micro_batches_together_are_the_global_batch(
+    invented_shards: Shards, world: int, accumulation: int
+) -> None:
+    plan = _plan(invented_shards)
+    whole = list(_read(invented_shards, plan, start=18, stop=24))
     assert len(whole) == plan.steps_per_epoch == 6
-    parts = [
-        list(training_batches(invented_shards, plan, streams, NO_SCALING, 3, rank=r, world=world)) for r in range(world)
+    ranks = [
+        list(_read(invented_shards, plan, start=18, stop=24, part=Part(rank, world, accumulation)))
+        for rank in range(world)
     ]
     for k, batch in enumerate(whole):
-        joined = Batch(
-            [torch.cat([p[k].features[i] for p in parts]) for i in range(3)],
-            *(torch.cat([getattr(p[k], n) for p in parts]) for n in ("bold", "mask", "subject_mask", "windows")),
+        turns = slice(k * accumulation, (k + 1) * accumulation)
+        assert _equal(_joined([part for rank in ranks for part in rank[turns]]), batch)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    start=st.integers(0, 13),
+    workers=st.integers(0, 2),
+    prefetch=st.integers(1, 3),
+    accumulation=st.sampled_from([1, 2]),
+)
+def test_a_start_anywhere_and_any_workers_give_the_same_tail(
+    invented_shards: Shards, start: int, workers: int, prefetch: int, accumulation: int
+) -> None:
+    plan, part = _plan(invented_shards), Part(accumulation=accumulation)
+    whole = list(_read(invented_shards, plan, part=part, stop=14))
+    tail = _read(invented_shards, plan, part=part, start=start, stop=14, num_workers=workers, prefetch=prefetch)
+    for batch, expected in zip(tail, whole[start * accumulation :], strict=True):
+        assert _equal(batch, expected)
+
+
+def test_workers_live_on_through_epochs_without_end(invented_shards: Shards) -> None:
+    plan = _plan(invented_shards)
+    batches = _read(invented_shards, plan, num_workers=1)
+    next(batches)
+    before = set(multiprocessing.active_children())
+    for expected in _read(invented_shards, plan, start=1, stop=3 * plan.steps_per_epoch):
+        assert _equal(next(batches), expected)
+    assert set(multiprocessing.active_children()) == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_buffers_are_used_again_but_never_while_a_batch_is_held(invented_shards: Shards, workers: int) -> None:
+    plan = _plan(invented_shards)
+    expected = list(_read(invented_shards, plan, stop=12))
+    held = list(_read(invented_shards, plan, stop=12, num_workers=workers))
+    assert all(map(_equal, held, expected))
+    kept, places = [], set()
+    for batch in _read(invented_shards, plan, stop=12, num_workers=workers):
+        kept.append(batch.features[0][1, 2:3])
+        places.add(batch.bold.data_ptr())
+    assert len(places) >= 12  # a view of one TR is enough to keep a buffer
+    assert all(torch.equal(k, e.features[0][1, 2:3]) for k, e in zip(kept, expected, strict=True))
+    used = [batch.bold.data_ptr() for batch in _read(invented_shards, plan, stop=12, num_workers=workers)]
+    assert len(set(used)) <= 2 + 2 * workers
+
+
+def test_reused_buffers_hold_zeros_where_nothing_is_read(invented_shards: Shards) -> None:
+    spans = [Span(0, 0, 30, ALL), Span(1, 3, 10, (True, False, False))]
+    plan = Plan(spans, 2, 24, 64, 1)
+    batches = _read(invented_shards, plan, stop=64)
+    for k, batch in enumerate(batches):
+        assert _equal(
+            batch, make_batch(invented_shards, plan.batch(0, k), invented_shards.manifest.streams, sample_length=24)
         )
-        assert _equal(joined, batch)
 
 
-def test_starting_late_and_reading_in_workers_change_nothing(invented_shards: Shards) -> None:
-    plan, streams = _plan(invented_shards), invented_shards.manifest.streams
-    whole = list(training_batches(invented_shards, plan, streams, NO_SCALING, 1))
-    late = list(training_batches(invented_shards, plan, streams, NO_SCALING, 1, start=4))
-    workers = list(training_batches(invented_shards, plan, streams, NO_SCALING, 1, num_workers=2))
-    assert len(late) == 2 and all(map(_equal, late, whole[4:]))
-    assert len(workers) == 6 and all(map(_equal, workers, whole))
+def test_a_killed_worker_ends_the_training_with_its_signal(invented_shards: Shards) -> None:
+    with _time_limit(60), pytest.raises(RuntimeError, match=r"killed by (SIGKILL|signal: Killed)"):
+        for _ in _read(invented_shards, _plan(invented_shards), num_workers=2):
+            for worker in multiprocessing.active_children():
+                assert worker.pid is not None
+                os.kill(worker.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanishes_is_named_by_here_and_by_workers(
+    invented_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    shutil.copytree(invented_folder, tmp_path / "copy")
+    shards = Shards(tmp_path / "copy")
+    for tar in (tmp_path / "copy").glob("*.tar"):
+        tar.unlink()
+    with _time_limit(60), pytest.raises(InputError, match=r"shard-00000\.tar: cannot be read: No such file"):
+        next(_read(shards, _plan(shards), num_workers=workers))
+
+
+def test_a_worker_that_fails_tells_what_happened(invented_shards: Shards) -> None:
+    class Broken(dict[int, np.ndarray]):
+        def __getitem__(self, sample: int) -> np.ndarray:
+            raise ZeroDivisionError("of no use")
+
+    reading = Reading([], NO_SCALING, anchor=Broken())
+    with _time_limit(60), pytest.raises(ZeroDivisionError, match="of no use"):
+        next(training_batches(invented_shards, _plan(invented_shards), reading, num_workers=1))
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """A hang becomes a failure."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"nothing came for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_pinning_takes_the_batch_out_of_the_ring(invented_shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    plan = _plan(invented_shards)
+    (expected,) = _read(invented_shards, plan, stop=1)
+    ring = loader._Ring(BatchShape(4, 22, invented_shards.manifest.streams, 3, PARCELS), 2)
+    slot = ring.take()
+    assert slot is not None
+    ring.shape.views(ring.flat(slot)).bold.copy_(expected.bold)
+    pinned = pickle.loads(pickle.dumps(loader._Filled(ring.number, slot))).pin_memory()
+    assert torch.equal(pinned.bold, expected.bold)
+    assert {ring.take(), ring.take()} == {0, 1} and ring.take() is None
 
 
 def test_reading_leaves_the_global_generator_alone(invented_shards: Shards) -> None:
     before = torch.get_rng_state()
-    next(training_batches(invented_shards, _plan(invented_shards), [], NO_SCALING, 0))
+    for workers in (0, 1):
+        next(_read(invented_shards, _plan(invented_shards), num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_windows_longer_than_a_run_take_it_whole(invented_shards: Shards) -> None:
-    for batch in training_batches(invented_shards, _plan(invented_shards, 28), [], NO_SCALING, 0):
+    for batch in _read(invented_shards, _plan(invented_shards, 28), streams=False, stop=6):
         assert batch.mask.shape[1] == 28
         assert set(batch.mask.sum(1).tolist()) <= {28, 24, 20}
 
 
-def test_world_that_does_not_divide_is_refused_at_once(invented_shards: Shards) -> None:
-    with pytest.raises(InputError, match="1, 2, 4 processes"):
-        training_batches(invented_shards, _plan(invented_shards), [], NO_SCALING, 0, world=3)
+@pytest.mark.parametrize(
+    ("part", "fitting"), [(Part(world=3), "1, 2, 4 processes"), (Part(world=4, accumulation=2), "1, 2 processes")]
+)
+def test_world_that_does_not_divide_is_refused_at_once(invented_shards: Shards, part: Part, fitting: str) -> None:
+    with pytest.raises(InputError, match=fitting):
+        _read(invented_shards, _plan(invented_shards), part=part)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np
+from trainer.config import Filter
+from trainer.data.loader import Reading, training_batches
+from trainer.data.plan import Plan, select
+from trainer.data.shards import SampleContent, Shards
+from trainer.data.statistics import NO_SCALING
+
+def used():
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(lines[key].split()[0]) for key in ("VmData", "RssAnon")]
+
+shards = Shards(sys.argv[1])
+plan = Plan(select(shards.manifest, Filter()), 0, 64, 2000, 16)
+reading = Reading(shards.manifest.streams, NO_SCALING)
+before = used()
+read = 0
+for batch in training_batches(shards, plan, reading, stop=20):
+    read += batch.features[0].nbytes
+assert read > 2 * sum(s.size for s in shards.manifest.shards)
+print(*(b - a for a, b in zip(before, used())), batch.features[0].nbytes // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    width = 16_000
+    rows = np.random.default_rng(0).standard_normal((500, width)).astype(np.float16)
+    samples = [SampleContent(f"r{i}", {}, {"bold": np.zeros((1, 500, 4), np.float32), "a/b": rows}) for i in range(19)]
+    write_shards(tmp_path, samples, ["x"], 4, [Stream("a/b", 1, width, "float16")])
+    del samples
+    output = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    data, anonymous, batch = map(int, output.split())
+    assert batch > 30_000
+    assert data - 2 * batch < 100_000 and anonymous - 2 * batch < 100_000
 
 
 def test_whole_runs_come_in_order_each_in_full(invented_shards: Shards) -> None:
@@ -276,5 +441,5 @@ def test_song8_through_the_loader(shared: Path, tmp_path: Path) -> None:
     count, bold_mean, bold_std = bold_statistics(shards, select(shards.manifest, Filter(runs=["sitcomep2"])))
     assert count.tolist() == [1465] * 8
     assert np.abs(bold_mean).max() < 0.01 and np.abs(bold_std - 1).max() < 0.01
-    batch = next(training_batches(shards, Plan(training, 0, 64, 32, 16), shards.manifest.streams, NO_SCALING, 0))
+    batch = next(_read(shards, Plan(training, 0, 64, 32, 16)))
     assert batch.features[0].shape == (16, 64, 100) and batch.bold.shape == (16, 8, 64, 200)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer.config import Filter
 from trainer.data.manifest import FileRecord, Manifest, Sample
-from trainer.data.plan import Plan, Span, permute, select, share
+from trainer.data.plan import Part, Plan, Span, micro_batches, permute, select
 from trainer.errors import InputError
 
 
@@ -134,17 +134,29 @@ def test_every_window_lies_inside_its_span_and_is_as_long_as_it_can_be(
     assert seen == list(range(plan.steps_per_epoch * 8))
 
 
-@settings(max_examples=60, deadline=None)
-@given(spans=spans_strategy, seed=st.integers(0, 2**40), epoch=st.integers(0, 50), world=st.sampled_from([1, 2, 4]))
-def test_union_over_ranks_is_the_batch_and_seeking_is_replaying(
-    spans: list[Span], seed: int, epoch: int, world: int
+@settings(max_examples=100, deadline=None)
+@given(
+    spans=spans_strategy,
+    seed=st.integers(0, 2**40),
+    step=st.integers(0, 200),
+    world=st.sampled_from([1, 2, 3, 4, 8]),
+    accumulation=st.integers(1, 3),
+    size=st.integers(1, 3),
+)
+def test_any_world_and_accumulation_read_the_same_batch_and_seeking_is_replaying(
+    spans: list[Span], seed: int, step: int, world: int, accumulation: int, size: int
 ) -> None:
-    replay = Plan(spans, seed, 20, 40, 8)
-    batches = [replay.batch(epoch, k) for k in range(5)]
-    sought = Plan(spans, seed, 20, 40, 8).batch(epoch, 3)
-    assert sought == batches[3]
-    assert [w for rank in range(world) for w in share(sought, rank, world)] == sought
-    assert {len(share(sought, rank, world)) for rank in range(world)} == {8 // world}
+    batch_size = world * accumulation * size
+    plan = Plan(spans, seed, 20, 5 * batch_size + 1, batch_size)
+    batch = plan.batch(*divmod(step, plan.steps_per_epoch))
+    parts = [
+        Plan(spans, seed, 20, 5 * batch_size + 1, batch_size).micro_batch(step, Part(rank, world, accumulation, turn))
+        for rank in range(world)
+        for turn in range(accumulation)
+    ]
+    assert {len(part) for part in parts} == {size}
+    assert [window for part in parts for window in part] == batch
+    assert [m for rank in range(world) for m in micro_batches(batch, rank, world, accumulation)] == parts
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,7 +212,7 @@ def test_seeking_in_a_huge_epoch_costs_as_little_as_in_a_small_one() -> None:
 
 def test_batch_that_does_not_divide_lists_the_worlds_that_fit() -> None:
     with pytest.raises(InputError, match=r"12 windows cannot be shared by 5 processes.*1, 2, 3, 4, 6, 12 processes"):
-        share(range(12), 0, 5)
+        micro_batches(range(12), 0, 5)
 
 
 def test_batch_outside_the_epoch_is_refused() -> None:
@@ -211,3 +223,22 @@ def test_batch_outside_the_epoch_is_refused() -> None:
 def test_fewer_windows_than_a_batch_is_refused() -> None:
     with pytest.raises(InputError, match="num_samples"):
         Plan([Span(0, 0, 9, (True,))], 0, 4, 7, 8)
+
+
+def test_accumulation_counts_when_the_worlds_that_fit_are_listed() -> None:
+    with pytest.raises(InputError, match=r"3 processes in 2 micro-batches each.*Use one of 1, 2, 4, 8 processes.*of 6"):
+        micro_batches(range(16), 0, 3, 2)
+    with pytest.raises(InputError, match=r"Use a batch_size that is a multiple of 7\."):
+        micro_batches(range(16), 0, 1, 7)
+    with pytest.raises(InputError, match="cannot be shared by 32"):
+        micro_batches(range(16), 0, 32)
+
+
+def test_a_rank_of_very_many_computes_its_own_windows_only() -> None:
+    spans = [Span(i, 0, 500, (True,)) for i in range(300)]
+    plan = Plan(spans, 0, 64, 10**7, 2**14)
+    asked = []
+    original = plan.windows
+    plan.windows = lambda epoch, indices: asked.append(len(indices)) or original(epoch, indices)  # type: ignore
+    mine = plan.micro_batch(5, Part(7, 1024))
+    assert asked == [16] and mine == plan.batch(0, 5)[7 * 16 : 8 * 16]

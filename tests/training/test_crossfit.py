@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import Filter, load_config
-from trainer.data.loader import whole_runs
+from trainer.data.batches import whole_runs
 from trainer.data.plan import Span, select
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor

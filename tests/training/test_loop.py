@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trainer.config import Config, OptimisationConfig
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
@@ -37,10 +38,10 @@ class Line(nn.Module):
         return error.sum(), torch.tensor(error.numel())
 
 
-def batches(epoch: int, first: int) -> Iterator[Batch]:
-    for k in range(first, STEPS_PER_EPOCH):
-        windows = torch.arange(4 * k, 4 * k + 4)
-        yield Batch([], torch.zeros(0), torch.zeros(0), torch.zeros(0), windows)
+def batches(step: int) -> Iterator[Batch]:
+    for k in itertools.count(step):
+        windows = torch.arange(4) + 4 * (k % STEPS_PER_EPOCH)
+        yield Batch([], torch.zeros(0), torch.zeros(0), torch.zeros(0), torch.zeros(0), windows)
 
 
 def a_config(**checkpoints: Any) -> Config:

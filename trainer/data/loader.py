@@ -1,272 +1,243 @@
-"""Windows -> batches: read from shards straight into the batch's buffers, with masks for what is not there.
+"""The plan's windows as batches without end, read here or in workers ahead of the training.
 
-Features stay in their stored dtype (standardising them is folded into the model); BOLD is float32. What a mask leaves
-out is zero in the batch and was never read.
+A position in the training is a number, and so is what a worker is asked for: nothing is shuffled, counted or replayed,
+workers live on from epoch to epoch, and a resume starts anywhere at once. Workers read into a ring of buffers that
+they share with the training, so that a batch is never copied on its way; a buffer is used again as soon as no tensor
+of its batch is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+import mmap
+import multiprocessing
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from trainer.data.manifest import BOLD, Moments, Stream
-from trainer.data.plan import Plan, Span, Window, share
-from trainer.data.shards import Shards
-
-Anchors = Mapping[int, np.ndarray]
-"""Sample index -> predictions (S, T of the run, V), NaN where there are none; may be memory maps."""
-
-
-@dataclass
-class Batch:
-    """B windows of T TRs, S subjects (all of the manifest's) and V parcels.
-
-    Attributes:
-        features: one (B, T, D) or (B, T, L, D) for each stream, in the stored dtype.
-        bold: (B, S, T, V) float32, zero where a mask is false.
-        mask: (B, T) bool, false behind the end of a short window.
-        subject_mask: (B, S) bool, whose BOLD is there and used.
-        windows: (B,) int64, number of the window in its epoch: the key of its randomness.
-        anchor: (B, S, T, V) float32, stored predictions, or None.
-    """
-
-    features: list[Tensor]
-    bold: Tensor
-    mask: Tensor
-    subject_mask: Tensor
-    windows: Tensor
-    anchor: Tensor | None = None
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The batch on a device."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return Batch(
-            [move(f) for f in self.features],
-            move(self.bold),
-            move(self.mask),
-            move(self.subject_mask),
-            move(self.windows),
-            None if self.anchor is None else move(self.anchor),
-        )
+from trainer.data.batches import Anchors, Batch, BatchShape, Source, fill
+from trainer.data.manifest import Stream
+from trainer.data.plan import Part, Plan, Window, micro_batches
+from trainer.data.residence import DeviceCopy
+from trainer.data.statistics import BoldScaling
+from trainer.errors import InputError
 
 
 @dataclass(frozen=True)
-class BoldScaling:
-    """How BOLD is z-scored: not at all, by each run's statistics, or by a subject's over the training TRs.
+class Reading:
+    """What is read of the plan's windows, and by which rank.
 
-    `mean` and `scale` are (R, S, V) for `run`, (S, V) for `subject`, None for `none`. Constant parcels have scale 1.
+    Attributes:
+        streams: the features; none for stage 2.
+        context: TRs beyond a window, on both sides, whose features are read too.
+        anchor: stored predictions, for stage 2.
+        part: rank, world and accumulation; its turn is counted by the loader.
     """
 
-    mode: Literal["none", "run", "subject"]
-    mean: np.ndarray | None = None
-    scale: np.ndarray | None = None
-
-    @classmethod
-    def fit(cls, mode: Literal["none", "run", "subject"], shards: Shards, spans: Sequence[Span]) -> BoldScaling:
-        """Take the statistics: of every whole run, or of the training spans."""
-        if mode == "none":
-            return cls(mode)
-        if mode == "run":
-            moments = shards.manifest.moments(BOLD)
-            mean, std = moments.mean, moments.std()
-        else:
-            _, mean, std = bold_statistics(shards, spans)
-        return cls(mode, mean.astype(np.float32), _scale(mean, std).astype(np.float32))
-
-    def apply(self, bold: np.ndarray, sample: int, subject: int) -> None:
-        """Scale (T, V) of one subject in place."""
-        if self.mean is None or self.scale is None:
-            return
-        place = (sample, subject) if self.mode == "run" else (subject,)
-        bold -= self.mean[place]
-        bold /= self.scale[place]
-
-
-NO_SCALING = BoldScaling("none")
-
-
-def make_batch(
-    shards: Shards,
-    windows: Sequence[Window],
-    streams: Sequence[Stream],
-    scaling: BoldScaling = NO_SCALING,
-    *,
-    sample_length: int | None = None,
-    anchor: Anchors | None = None,
-) -> Batch:
-    """Read windows into one batch, padded to `sample_length` TRs (to the longest window without it).
-
-    Streams may be empty. Absent and unused subjects are not read.
-    """
-    count = len(windows)
-    n_trs = sample_length or max(len(window) for window in windows)
-    size = (count, len(shards.manifest.subjects), n_trs, shards.manifest.parcels)
-    features = [torch.zeros(count, n_trs, *s.row, dtype=getattr(torch, s.dtype)) for s in streams]
-    bold = torch.zeros(size)
-    stored = None if anchor is None else torch.zeros(size)
-    mask = torch.zeros(count, n_trs, dtype=torch.bool)
-    for i, window in enumerate(windows):
-        mask[i, : len(window)] = True
-        for stream, tensor in zip(streams, features, strict=True):
-            target = tensor[i, : len(window)].numpy()
-            shards.read(window.sample, stream.name, window.start, window.stop, target)
-        _read_bold(shards, window, scaling, bold[i].numpy())
-        if anchor is not None and stored is not None:
-            used = np.flatnonzero(window.subjects)
-            stored[i].numpy()[used, : len(window)] = anchor[window.sample][used, window.start : window.stop]
-    subject_mask = torch.tensor([window.subjects for window in windows], dtype=torch.bool)
-    numbers = torch.tensor([window.index for window in windows], dtype=torch.int64)
-    return Batch(features, bold, mask, subject_mask, numbers, stored)
-
-
-def _read_bold(shards: Shards, window: Window, scaling: BoldScaling, target: np.ndarray) -> None:
-    """One read for each used subject, into (S, T, V)."""
-    present = shards.manifest.samples[window.sample].subjects
-    for subject, label in enumerate(shards.manifest.subjects):
-        if window.subjects[subject]:
-            out = target[subject, : len(window)]
-            shards.read(window.sample, BOLD, window.start, window.stop, out, row=present.index(label))
-            scaling.apply(out, window.sample, subject)
-
-
-class _Batches(Dataset[Batch]):
-    """Item k is this rank's part of global batch k: what a sampler asks for is all there is to the order."""
-
-    def __init__(
-        self,
-        shards: Shards,
-        plan: Plan,
-        streams: Sequence[Stream],
-        scaling: BoldScaling,
-        epoch: int,
-        part: tuple[int, int],
-        anchor: Anchors | None,
-    ) -> None:
-        self.shards, self.plan, self.streams, self.scaling = shards, plan, streams, scaling
-        self.epoch, self.part, self.anchor = epoch, part, anchor
-
-    def __len__(self) -> int:
-        return self.plan.steps_per_epoch
-
-    def __getitem__(self, k: int) -> Batch:
-        windows = share(self.plan.batch(self.epoch, k), *self.part)
-        return make_batch(
-            self.shards,
-            windows,
-            self.streams,
-            self.scaling,
-            sample_length=self.plan.sample_length,
-            anchor=self.anchor,
-        )
+    streams: Sequence[Stream]
+    scaling: BoldScaling
+    context: int = 0
+    anchor: Anchors | None = None
+    part: Part = field(default_factory=Part)
 
 
 def training_batches(
-    shards: Shards,
+    source: Source | DeviceCopy,
     plan: Plan,
-    streams: Sequence[Stream],
-    scaling: BoldScaling,
-    epoch: int,
+    reading: Reading,
     *,
     start: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    stop: int | None = None,
     num_workers: int = 0,
-    anchor: Anchors | None = None,
+    prefetch: int = 2,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's part of the global batches of an epoch, from batch `start` on.
+    """One rank's micro-batches of the global steps [start, stop), without end where `stop` is None.
+
+    Each step gives `accumulation` batches. Step n is batch n % steps_per_epoch of epoch n // steps_per_epoch.
+
+    Args:
+        source: the shards or a copy; a copy on a device needs neither workers nor pinned memory.
+        num_workers: processes that read ahead, `prefetch` batches each; 0 reads in this one.
+        pin: page-locked batches, for a GPU.
 
     Raises:
-        InputError: the global batch does not divide by the number of ranks (at once, not at the first batch).
+        InputError: the global batch does not divide by ranks and accumulation (at once, not at the first batch); a
+            shard cannot be read, here or in a worker.
+        RuntimeError: a worker failed or was killed; the message says how.
     """
-    share(range(plan.batch_size), rank, world)
-    dataset = _Batches(shards, plan, streams, scaling, epoch, (rank, world), anchor)
-    order = range(start, plan.steps_per_epoch)
-    # A generator of its own: the loader would otherwise draw a seed, which nothing here needs, from the global one.
-    generator = torch.Generator()
-    return iter(DataLoader(dataset, batch_size=None, sampler=order, num_workers=num_workers, generator=generator))
+    turns = reading.part.accumulation
+    micro_batches(range(plan.batch_size), reading.part.rank, reading.part.world, turns)
+    last = None if stop is None else stop * turns
+    positions = itertools.count(start * turns) if last is None else iter(range(start * turns, last))
+    if isinstance(source, DeviceCopy):
+        return _on_device(source, plan, reading, positions)
+    reader = _Reader(source, plan, reading)
+    return _in_workers(reader, positions, num_workers, prefetch, pin) if num_workers else _here(reader, positions, pin)
 
 
-def whole_runs(
-    shards: Shards,
-    spans: Sequence[Span],
-    streams: Sequence[Stream],
-    scaling: BoldScaling = NO_SCALING,
-    *,
-    anchor: Anchors | None = None,
-) -> Iterator[Batch]:
-    """A batch of one whole span after the other, in their order; `windows` counts the spans."""
-    for i, span in enumerate(spans):
-        window = Window(i, span.sample, span.start, span.stop, span.subjects)
-        yield make_batch(shards, [window], streams, scaling, anchor=anchor)
+def _windows(plan: Plan, part: Part, position: int) -> list[Window]:
+    step, turn = divmod(position, part.accumulation)
+    return plan.micro_batch(step, replace(part, turn=turn))
 
 
-def feature_statistics(
-    shards: Shards, spans: Sequence[Span], streams: Sequence[Stream]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean and population standard deviation of each stream over the TRs of some spans: two lists of (D,) float32.
-
-    Whole runs come from the manifest; only what a filter cuts is read. Layers of a stream are taken together, as one
-    linear map reads them all. A constant feature has scale 1.
-    """
-    means, scales = [], []
-    for stream in streams:
-        whole = shards.manifest.moments(stream.name)
-        parts = [
-            Moments(whole.count[span.sample], whole.mean[span.sample], whole.m2[span.sample])
-            if _is_whole(shards, span)
-            else Moments.of(shards.read(span.sample, stream.name, span.start, span.stop))
-            for span in spans
-        ]
-        total = Moments.stack(parts).combine()
-        means.append(torch.from_numpy(total.mean).float())
-        scales.append(torch.from_numpy(_scale(total.mean, total.std())).float())
-    return means, scales
+def _on_device(source: DeviceCopy, plan: Plan, reading: Reading, positions: Iterator[int]) -> Iterator[Batch]:
+    for position in positions:
+        windows = _windows(plan, reading.part, position)
+        yield source.batch(windows, reading.streams, plan.sample_length, reading.context, reading.anchor)
 
 
-def bold_statistics(shards: Shards, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """BOLD over the TRs of some spans and the subjects that they use, in float64.
+class _Reader:
+    """Reads the micro-batch at a position into given memory."""
 
-    Returns: count (S,), mean (S, V), population standard deviation (S, V); zeros for a subject that no span uses.
-    """
-    whole = shards.manifest.moments(BOLD)
-    parts = []
-    for span in spans:
-        if _is_whole(shards, span):
-            used = np.asarray(span.subjects)
-            parts.append(Moments(whole.count[span.sample] * used, whole.mean[span.sample], whole.m2[span.sample]))
+    def __init__(self, source: Source, plan: Plan, reading: Reading) -> None:
+        self.source, self.plan, self.reading = source, plan, reading
+        self.shape = BatchShape(
+            plan.batch_size // (reading.part.world * reading.part.accumulation),
+            plan.sample_length + 2 * reading.context,
+            tuple(reading.streams),
+            len(source.manifest.subjects),
+            source.manifest.parcels,
+            with_anchor=reading.anchor is not None,
+        )
+
+    def read(self, position: int, flat: Tensor) -> Batch:
+        """Into (nbytes,) uint8."""
+        reading = self.reading
+        batch = self.shape.views(flat)
+        windows = _windows(self.plan, reading.part, position)
+        fill(batch, self.source, windows, reading.streams, reading.scaling, reading.context, reading.anchor)
+        return batch
+
+
+def _here(reader: _Reader, positions: Iterator[int], pin: bool) -> Iterator[Batch]:
+    """Read in this process. Used page-locked memory is kept for the next batch by torch itself, other memory here."""
+    size = reader.shape.nbytes
+    free: list[np.ndarray] = []
+
+    def give_back(buffer: np.ndarray) -> None:
+        if len(free) < 2:
+            free.append(buffer)
+
+    for position in positions:
+        if pin:
+            yield reader.read(position, torch.empty(size, dtype=torch.uint8, pin_memory=True))
         else:
-            parts.append(_read_moments(shards, span))
-    total = Moments.stack(parts).combine()
-    return total.count, total.mean, total.std()
+            buffer = free.pop() if free else np.empty(size, np.uint8)
+            yield reader.read(position, _lent(buffer, partial(give_back, buffer)))
 
 
-def _read_moments(shards: Shards, span: Span) -> Moments:
-    present = shards.manifest.samples[span.sample].subjects
-    nothing = np.zeros(shards.manifest.parcels)
-    absent = Moments(np.asarray(0, np.int64), nothing, nothing)
-    return Moments.stack(
-        [
-            Moments.of(shards.read(span.sample, BOLD, span.start, span.stop, row=present.index(label)))
-            if used
-            else absent
-            for label, used in zip(shards.manifest.subjects, span.subjects, strict=True)
-        ]
+def _lent(buffer: np.ndarray, give_back: Callable[[], None]) -> Tensor:
+    """A tensor on a buffer; `give_back` is called when no tensor that shares its memory is left."""
+    view = buffer[:]
+    weakref.finalize(view, give_back).atexit = False
+    return torch.from_numpy(view)
+
+
+class _Ring:
+    """Buffers that this process shares with workers that it will fork."""
+
+    numbers: ClassVar = itertools.count()
+    known: ClassVar[weakref.WeakValueDictionary[int, _Ring]] = weakref.WeakValueDictionary()
+
+    def __init__(self, shape: BatchShape, count: int) -> None:
+        self.shape = shape
+        self._buffers = [np.frombuffer(mmap.mmap(-1, shape.nbytes), np.uint8) for _ in range(count)]
+        self._free = list(range(count))
+        self.number = next(self.numbers)
+        self.known[self.number] = self
+
+    def take(self) -> int | None:
+        """A free buffer; None where the training holds on to more batches than there are buffers."""
+        return self._free.pop() if self._free else None
+
+    def flat(self, slot: int) -> Tensor:
+        """A buffer, for the worker."""
+        return torch.from_numpy(self._buffers[slot])
+
+    def batch(self, slot: int) -> Batch:
+        """The batch that a worker has read; its buffer is free again when the batch is gone."""
+        return self.shape.views(_lent(self._buffers[slot], partial(self._free.append, slot)))
+
+
+@dataclass
+class _Filled:
+    """A worker's answer: which buffer it has filled."""
+
+    ring: int
+    slot: int
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's pinning thread of the training process."""
+        return _Ring.known[self.ring].batch(self.slot).pin_memory()
+
+
+class _Requests(Dataset[object]):
+    """Item (position, slot) is the micro-batch at a position, read into that buffer, or into new memory for None."""
+
+    def __init__(self, reader: _Reader, ring: _Ring) -> None:
+        self.reader, self.ring = reader, ring
+
+    def __getitem__(self, request: tuple[int, int | None]) -> _Filled | Batch | InputError:
+        position, slot = request
+        try:
+            if slot is None:
+                return self.reader.read(position, torch.empty(self.reader.shape.nbytes, dtype=torch.uint8))
+            self.reader.read(position, self.ring.flat(slot))
+            return _Filled(self.ring.number, slot)
+        except InputError as error:
+            return error  # torch would wrap it, traceback and all, in another exception
+
+
+def _in_workers(
+    reader: _Reader, positions: Iterator[int], num_workers: int, prefetch: int, pin: bool
+) -> Iterator[Batch]:
+    """Read in forked workers, in order. Beside what they work on there is one batch in use and one handed over."""
+    ring = _Ring(reader.shape, num_workers * prefetch + 2)
+    loader = DataLoader(
+        _Requests(reader, ring),
+        batch_size=None,
+        sampler=((position, ring.take()) for position in positions),
+        num_workers=num_workers,
+        prefetch_factor=prefetch,
+        multiprocessing_context="fork",
+        pin_memory=pin,
+        # of its own: the loader would otherwise draw a seed, which nothing here needs, from the global one
+        generator=torch.Generator(),
     )
+    before = multiprocessing.active_children()
+    answers = iter(loader)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    while True:
+        try:
+            answer = next(answers, None)
+        except RuntimeError as error:
+            raise _worker_error(workers, error) from error
+        if answer is None:
+            return
+        if isinstance(answer, InputError):
+            raise answer
+        yield ring.batch(answer.slot) if isinstance(answer, _Filled) else answer
+        del answer  # else this frame would keep a batch that the training has done with
 
 
-def _is_whole(shards: Shards, span: Span) -> bool:
-    return span.start == 0 and span.stop == shards.manifest.samples[span.sample].n_trs
-
-
-def _scale(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """The standard deviation, and 1 for what does not vary (rounding leaves it a little above 0)."""
-    return np.where(std > 1e-9 * np.abs(mean), std, 1.0)
+def _worker_error(workers: Sequence[BaseProcess], error: RuntimeError) -> RuntimeError:
+    """torch's error, with how the workers that have died did so."""
+    dead = [(worker.pid, worker.exitcode) for worker in workers if worker.exitcode]
+    if not dead:
+        return error
+    ends = (
+        f"process {pid} {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'exited with status {code}'}"
+        for pid, code in dead
+    )
+    hint = " (the system kills what needs too much memory)" if (-signal.SIGKILL) in [code for _, code in dead] else ""
+    return RuntimeError(f"data worker died: {', '.join(ends)}{hint}")

@@ -188,15 +188,19 @@ class Manifest:
         """Read a folder's manifest and compare the statistics beside it with their checksum.
 
         Raises:
-            InputError: no manifest, not JSON, another format, edited since it was written, or statistics that differ.
+            InputError: as `read`, or statistics that differ.
         """
         manifest = cls.read(folder)
-        check_file(manifest.folder, manifest.statistics, full=True)
+        check_file(Path(folder), manifest.statistics, full=True)
         return manifest
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Read a folder's manifest alone. Raises InputError as `load` does, but does not look at the statistics."""
+        """Read a folder's manifest and nothing else.
+
+        Raises:
+            InputError: no manifest, not JSON, another format, or edited since it was written.
+        """
         folder = Path(folder)
         path = folder / MANIFEST
         content = _read(path)

@@ -162,13 +162,24 @@ class Plan:
 
     def batch(self, epoch: int, k: int) -> list[Window]:
         """Global batch k of an epoch."""
+        return self._read(epoch, self._numbers(k))
+
+    def micro_batch(self, step: int, part: Part) -> list[Window]:
+        """What one rank reads for one micro-batch of global step 0, 1, ...; nothing else of the batch is computed."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return self._read(epoch, micro_batches(self._numbers(k), part.rank, part.world, part.accumulation)[part.turn])
+
+    def _numbers(self, k: int) -> range:
+        """The numbers in their epoch of the windows of global batch k."""
         if not 0 <= k < self.steps_per_epoch:
             raise IndexError(f"batch {k} of an epoch of {self.steps_per_epoch}")
-        indices = np.arange(k * self.batch_size, (k + 1) * self.batch_size)
-        chosen, start, stop = self.windows(epoch, indices)
+        return range(k * self.batch_size, (k + 1) * self.batch_size)
+
+    def _read(self, epoch: int, numbers: Sequence[int]) -> list[Window]:
+        chosen, start, stop = self.windows(epoch, np.asarray(numbers, np.int64))
         return [
-            Window(int(i), self.spans[c].sample, int(a), int(b), self.spans[c].subjects)
-            for i, c, a, b in zip(indices, chosen, start, stop, strict=True)
+            Window(i, self.spans[c].sample, a, b, self.spans[c].subjects)
+            for i, c, a, b in zip(numbers, chosen.tolist(), start.tolist(), stop.tolist(), strict=True)
         ]
 
     def windows(self, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -220,18 +231,35 @@ def permute(indices: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 Item = TypeVar("Item")
 
 
-def share(windows: Sequence[Item], rank: int, world: int) -> Sequence[Item]:
-    """The contiguous part of a global batch that a rank reads.
+@dataclass(frozen=True)
+class Part:
+    """Which part of a global batch: of rank `rank` of `world`, micro-batch `turn` of `accumulation`."""
+
+    rank: int = 0
+    world: int = 1
+    accumulation: int = 1
+    turn: int = 0
+
+
+def micro_batches(windows: Sequence[Item], rank: int, world: int, accumulation: int = 1) -> list[Sequence[Item]]:
+    """The micro-batches of one rank: its contiguous share of a global batch, cut into `accumulation` equal parts.
+
+    All ranks' parts, one rank after the other, are the global batch in its order.
 
     Raises:
-        InputError: the batch does not divide by the number of ranks; those that divide it are listed.
+        InputError: the batch does not divide by ranks times accumulation; the numbers of ranks that fit are listed.
     """
-    size, rest = divmod(len(windows), world)
-    if rest:
-        fitting = ", ".join(str(w) for w in range(1, len(windows) + 1) if len(windows) % w == 0)
+    size, rest = divmod(len(windows), world * accumulation)
+    if rest or not size:
+        fitting = [w for w in range(1, len(windows) + 1) if len(windows) % (w * accumulation) == 0]
+        turns = f" in {accumulation} micro-batches each" if accumulation > 1 else ""
         raise InputError(
             "batch_size",
-            f"{len(windows)} windows cannot be shared by {world} processes",
-            fix=f"Use one of {fitting} processes, or a batch_size that is a multiple of {world}.",
+            f"{len(windows)} windows cannot be shared by {world} processes{turns}",
+            fix=f"Use one of {', '.join(map(str, fitting))} processes, or a batch_size that is a multiple of "
+            f"{world * accumulation}."
+            if fitting
+            else f"Use a batch_size that is a multiple of {world * accumulation}.",
         )
-    return windows[rank * size : (rank + 1) * size]
+    first = rank * accumulation
+    return [windows[(first + turn) * size : (first + turn + 1) * size] for turn in range(accumulation)]

@@ -108,6 +108,20 @@ def _named(name: str, place: ArrayLocation | None) -> str:
     return f"{name} {place.dtype} {place.shape} at byte {place.offset}" if place else name
 
 
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """An array as a window of it is read: `rows` subjects of BOLD (0 for a stream) of `n_trs` TRs of `row_bytes`."""
+
+    key: str
+    shard: int
+    offset: int
+    rows: int
+    n_trs: int
+    inner: tuple[int, ...]
+    dtype: np.dtype
+    row_bytes: int
+
+
 class Shards:
     """A folder of shards, opened for reading. It can be pickled; files are opened where and when they are first read.
 
@@ -131,6 +145,7 @@ class Shards:
             if i in first:
                 check_first_array(self.folder / record.name, first[i])
         self._files: dict[int, int] = {}
+        self._addresses: dict[tuple[int, str], _Address] = {}
 
     def read(
         self,
@@ -155,51 +170,55 @@ class Shards:
         Raises:
             InputError: the shard is shorter than the manifest says, or cannot be read.
         """
-        described = self.manifest.samples[sample]
-        place = described.arrays[name]
-        time_axis = 1 if name == BOLD else 0
-        if not 0 <= start <= stop <= place.shape[time_axis]:
-            raise ValueError(f"{described.key}: TRs {start} to {stop} are outside its {place.shape[time_axis]} TRs")
-        if row is not None and not (name == BOLD and 0 <= row < place.shape[0]):
-            raise ValueError(f"{described.key}: {name} has no row {row}")
-        inner = place.shape[time_axis + 1 :]
-        shape = (stop - start, *inner)
-        if name == BOLD and row is None:
-            shape = (place.shape[0], *shape)
-        out = _buffer(out, shape, np.dtype(place.dtype))
-        row_bytes = out.itemsize * math.prod(inner)
-        if name != BOLD:
-            self._fill(described, place.offset + start * row_bytes, out)
-            return out
-        for i, target in enumerate(out) if row is None else [(row, out)]:
-            self._fill(described, place.offset + (i * place.shape[1] + start) * row_bytes, target)
+        place = self._addresses.get((sample, name)) or self._address(sample, name)
+        if not 0 <= start <= stop <= place.n_trs:
+            raise ValueError(f"{place.key}: TRs {start} to {stop} are outside its {place.n_trs} TRs")
+        if row is None and place.rows:
+            whole = _buffer(out, (place.rows, stop - start, *place.inner), place.dtype)
+            for i, target in enumerate(whole):
+                self.read(sample, name, start, stop, target, row=i)
+            return whole
+        if row is not None and not 0 <= row < place.rows:
+            raise ValueError(f"{place.key}: {name} has no row {row}")
+        out = _buffer(out, (stop - start, *place.inner), place.dtype)
+        if out.size:
+            self._fill(place, place.offset + ((row or 0) * place.n_trs + start) * place.row_bytes, out)
         return out
 
-    def _fill(self, sample: Sample, offset: int, target: np.ndarray) -> None:
+    def _address(self, sample: int, name: str) -> _Address:
+        described = self.manifest.samples[sample]
+        location = described.arrays[name]
+        rows, (n_trs, *inner) = (location.shape[0], location.shape[1:]) if name == BOLD else (0, location.shape)
+        dtype = np.dtype(location.dtype)
+        row_bytes = dtype.itemsize * math.prod(inner)
+        address = _Address(described.key, described.shard, location.offset, rows, n_trs, tuple(inner), dtype, row_bytes)
+        self._addresses[sample, name] = address
+        return address
+
+    def _fill(self, place: _Address, offset: int, target: np.ndarray) -> None:
         """One contiguous read into `target`; a second one only where the system returns less than asked for."""
-        if target.size == 0:
-            return
-        path = self.folder / self.manifest.shards[sample.shard].name
         view = target.data.cast("B")
         try:
-            file = self._open(sample.shard, path)
+            file = self._files.get(place.shard) or self._open(place.shard)
             while view:
                 count = os.preadv(file, [view], offset)
                 if count == 0:
                     raise InputError(
-                        path,
-                        f"ends inside {sample.key}",
+                        self._path(place.shard),
+                        f"ends inside {place.key}",
                         found=f"{os.fstat(file).st_size} bytes",
-                        expected=f"{self.manifest.shards[sample.shard].size} bytes",
+                        expected=f"{self.manifest.shards[place.shard].size} bytes",
                         fix="Build the shards again.",
                     )
                 view, offset = view[count:], offset + count
         except OSError as error:
-            raise InputError(path, f"cannot be read: {error.strerror}") from error
+            raise InputError(self._path(place.shard), f"cannot be read: {error.strerror}") from error
 
-    def _open(self, shard: int, path: Path) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def _path(self, shard: int) -> Path:
+        return self.folder / self.manifest.shards[shard].name
+
+    def _open(self, shard: int) -> int:
+        self._files[shard] = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]
 
     def close(self) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
+
+import torch
 
 from trainer.config import Config
-from trainer.data.loader import BoldScaling
+from trainer.data.cache import local_folder
 from trainer.data.manifest import Manifest, Stream
 from trainer.data.plan import Plan, Span, select
+from trainer.data.residence import DeviceCopy, HostCopy, extents, reside
 from trainer.data.shards import Shards
+from trainer.data.statistics import BoldScaling
 from trainer.errors import InputError
 
 
@@ -22,7 +25,8 @@ class Study:
     """The data side of a configuration.
 
     Attributes:
-        shards: the opened folder.
+        shards: the opened folder, or its local copy where data.shards is remote.
+        source: what training batches are read from: the shards, until `reside` has been called.
         spans: set name -> the spans of TRs that its filter leaves.
         streams: the streams of `include_features`, in that order.
 
@@ -33,7 +37,9 @@ class Study:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.shards = Shards(Path(config.data.shards))
+        data = config.data
+        self.shards = Shards(local_folder(data.shards, data.cache_dir, data.cache_gb), verify=data.verify)
+        self.source: Shards | HostCopy | DeviceCopy = self.shards
         self.streams: list[Stream] = [self.manifest.stream(name) for name in config.include_features]
         self.spans: dict[str, list[Span]] = {}
         for name, dataset in config.datasets.items():
@@ -59,6 +65,20 @@ class Study:
     def scaling(self) -> BoldScaling:
         """The scaling of BOLD, with statistics of the training set where it needs them."""
         return BoldScaling.fit(self.config.bold.standardise, self.shards, self.spans["train"])
+
+    def reside(self, device: torch.device) -> str:
+        """Copy what training reads again and again (train and validation) to where data.residence says.
+
+        Returns: a line that says where that is, and why.
+
+        Raises:
+            InputError: there is not enough memory for what is asked for, or a shard cannot be read.
+        """
+        data = self.config.data
+        spans = [*self.spans["train"], *self.spans[self.config.val_set_name]]
+        needed = extents(spans, self.manifest, data.context_trs)
+        self.source, line = reside(data.residence, self.shards, needed, self.streams, self.scaling, device)
+        return line
 
     def training_spans(self, *, refit: bool) -> list[Span]:
         """The training set, together with the validation set where the model is refitted on both."""

@@ -1,7 +1,8 @@
 """From the checkpoints of a run to something that predicts whole runs.
 
-A predictor takes a batch and gives named pairs (prediction, target), each (B, S, T, V); the pairs named like an
-estimate (`mean`, `sample`) become score files, the others stand beside them in the same file.
+A predictor takes a batch of one span and gives named pairs (prediction, target), each (B, S, T, V) without the
+context around the span; the pairs named like an estimate (`mean`, `sample`) become score files, the others stand
+beside them in the same file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import Config
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.anchor import Anchor
@@ -47,7 +48,14 @@ class AnchorPredictor:
     def predict(self, batch: Batch) -> Pairs:
         """`mean`."""
         self.anchor.eval()
-        return {"mean": (self.anchor(batch.features, batch.mask), batch.bold)}
+        mu, batch = _anchored(self.anchor, batch)
+        return {"mean": (mu, batch.bold)}
+
+
+def _anchored(anchor: Anchor, batch: Batch) -> tuple[Tensor, Batch]:
+    """What the anchor predicts with the context in sight, and the batch, both cut to the TRs that are scored."""
+    scored = batch.scored()
+    return anchor(batch.features, batch.mask)[:, :, scored], batch.cut(scored)
 
 
 class FlowPredictor:
@@ -60,7 +68,7 @@ class FlowPredictor:
     @torch.no_grad()
     def predict(self, batch: Batch) -> Pairs:
         """The estimates asked for and `anchor`, each with `<name>_subspace`: prediction and BOLD projected."""
-        items, around = self._around(batch)
+        items, around, batch = self._around(batch)
         arguments = (around, items.mask, items.subject, items.keys)
         predictions = {"anchor": around}
         if "mean" in self.estimates:
@@ -77,7 +85,7 @@ class FlowPredictor:
     @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
-        items, around = self._around(batch)
+        items, around, batch = self._around(batch)
         bold = items.take(batch.bold)
         losses = [
             self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), count=1).item()
@@ -85,12 +93,13 @@ class FlowPredictor:
         ]
         return sum(losses) / LOSS_DRAWS, int(items.mask.sum())
 
-    def _around(self, batch: Batch) -> tuple[Items, Tensor]:
-        """The batch's items, and what the anchor predicts for them, (N, T, V)."""
+    def _around(self, batch: Batch) -> tuple[Items, Tensor, Batch]:
+        """The items of the scored TRs, what the anchor predicts for them, (N, T, V), and the batch of these TRs."""
         self.anchor.eval()
         self.flow.eval()
+        mu, batch = _anchored(self.anchor, batch)
         items = Items(batch, self.seed, SCORING_EPOCH)
-        return items, items.take(self.anchor(batch.features, batch.mask))
+        return items, items.take(mu), batch
 
 
 class Items:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.loader import whole_runs
+from trainer.data.batches import whole_runs
 from trainer.data.study import Study
 from trainer.progress import watched
 from trainer.run import checkpoint
@@ -68,11 +68,11 @@ def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.d
     accumulators: dict[str, PearsonR] = {}
     size = (len(study.manifest.subjects), study.manifest.parcels)
     loss, count = 0.0, 0
-    spans = study.spans[set_name]
-    runs = whole_runs(study.shards, spans, study.streams, study.scaling)
+    spans, context = study.spans[set_name], study.config.data.context_trs
+    runs = whole_runs(study.shards, spans, study.streams, study.scaling, context=context)
     for batch in watched(runs, f"scoring {set_name}", len(spans)):
         batch = batch.to(device)
-        valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
+        valid = batch.cut(batch.scored()).mask[:, None, :] & batch.subject_mask[:, :, None]
         for name, (prediction, target) in predictor.predict(batch).items():
             accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
         if isinstance(predictor, FlowPredictor):

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trainer.data.loader import whole_runs
+from trainer.data.batches import whole_runs
 from trainer.data.manifest import Manifest
 from trainer.data.plan import Span
 from trainer.data.study import Study

@@ -8,6 +8,7 @@ needs the weights, Adam's moments and the step, and nothing is replayed.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainer.config import Config, OptimisationConfig
-from trainer.data.loader import Batch
+from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
@@ -33,16 +34,17 @@ class Phase:
     """One optimisation: a model, what it learns from, and how it is judged.
 
     `objective(batch, epoch)` gives (sum of losses over the batch, number of terms in the sum); the loss of a step is
-    the sum over all processes divided by the count over all processes. `validate(step)` scores the current weights,
-    writes the score file and returns its quality (`checkpoint.quality`). `schedule_steps` is the length of the learning
-    rate's schedule: a refit of fewer steps follows the same one.
+    the sum over all processes divided by the count over all processes. `batches(step)` gives this process's part of the
+    global batches from a step on, without end, through all epochs. `validate(step)` scores the current weights, writes
+    the score file and returns its quality (`checkpoint.quality`). `schedule_steps` is the length of the learning rate's
+    schedule: a refit of fewer steps follows the same one.
     """
 
     title: str
     directory: StageDirectory
     model: nn.Module
     objective: nn.Module
-    batches: Callable[[int, int], Iterator[Batch]]
+    batches: Callable[[int], Iterator[Batch]]
     steps_per_epoch: int
     total_steps: int
     schedule_steps: int
@@ -112,7 +114,7 @@ class Training:
         with StopRequest() as stop, self._progress_bar() as bar:
             while not self._is_done():
                 epoch, batch = next(batches)
-                loss, norm = self._learn(batch.to(self.accelerator.device), epoch)
+                loss, norm = self._learn(batch.to(self.accelerator.device, non_blocking=True), epoch)
                 self.tally.losses.append(loss)
                 self.tally.windows += len(batch.windows) * self.accelerator.num_processes
                 bar.update()
@@ -127,18 +129,12 @@ class Training:
 
     def _batches(self) -> Iterator[tuple[int, Batch]]:
         """(epoch, batch) from the current step on, without end; notes how long each was waited for."""
-        step = self.step
-        while True:
-            epoch, first = divmod(step, self.phase.steps_per_epoch)
-            batches = self.phase.batches(epoch, first)
-            while True:
-                start = time.perf_counter()
-                batch = next(batches, None)
-                self.tally.waited += time.perf_counter() - start
-                if batch is None:
-                    break
-                yield epoch, batch
-                step += 1
+        batches = self.phase.batches(self.step)
+        for step in itertools.count(self.step):
+            start = time.perf_counter()
+            batch = next(batches)
+            self.tally.waited += time.perf_counter() - start
+            yield step // self.phase.steps_per_epoch, batch
 
     def _learn(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         """One optimisation step; returns the loss of the global batch and the gradient norm."""

@@ -18,8 +18,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.config import Config, OptimisationConfig, differing_keys, load_config
-from trainer.data.loader import Batch, feature_statistics, training_batches
-from trainer.data.plan import Plan, Span
+from trainer.data.batches import Batch
+from trainer.data.loader import Reading, training_batches
+from trainer.data.plan import Part, Plan, Span
+from trainer.data.statistics import feature_statistics
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.anchor import Anchor, anchor_loss
@@ -75,13 +77,15 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
             _check_same_config(config, run, stages)
     accelerator.wait_for_everyone()
     job = Job(config, study, run, accelerator, resume)
+    job.say(study.reside(accelerator.device))
     for number in stages:
         (train_stage1 if number == 1 else train_stage2)(job)
     return run if accelerator.is_main_process else None
 
 
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
-_MAY_CHANGE = ("precision", "data.num_workers", "checkpoint.", "log_every", "stage1.max_steps", "stage2.max_steps")
+_HOW_DATA_ARE_READ = tuple(f"data.{key}" for key in ("num_workers", "prefetch", "residence", "verify", "cache_"))
+_MAY_CHANGE = ("precision", *_HOW_DATA_ARE_READ, "checkpoint.", "log_every", "stage1.max_steps", "stage2.max_steps")
 
 
 def _check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) -> None:
@@ -112,8 +116,8 @@ class AnchorObjective(nn.Module):
         """(sum over valid TRs of the mean squared error over parcels, number of valid (subject, TR) pairs)."""
         with keyed(make_keys(self.seed, epoch, batch.windows)):
             prediction = self.anchor(batch.features, batch.mask)
-        valid = batch.mask[:, None, :] & batch.subject_mask[:, :, None]
-        return anchor_loss(prediction, batch.bold, batch.mask, batch.subject_mask, count=1), valid.sum()
+        valid = batch.loss_mask[:, None, :] & batch.subject_mask[:, :, None]
+        return anchor_loss(prediction, batch.bold, batch.loss_mask, batch.subject_mask, count=1), valid.sum()
 
 
 class FlowObjective(nn.Module):
@@ -222,9 +226,7 @@ def flow_phase(
         crossfit.fit_latent(flow, job.study, spans, predictions)
     title = "Stage 2 refit" if refit else "Stage 2"
     objective = FlowObjective(flow, config.seed)
-    phase = _phase(
-        job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, streams=(), anchor=predictions
-    )
+    phase = _phase(job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, anchor=predictions)
     if not refit:
         phase.validate_every = phase.steps_per_epoch * config.stage2.snapshot_every_epochs
         _validate_with(job, phase, 2, FlowPredictor(anchor, flow, config, ("mean",)), flow)
@@ -264,26 +266,24 @@ def _phase(
     seed: int,
     steps: int | None,
     *,
-    streams: Sequence[object] | None = None,
     anchor: crossfit.Predictions | None = None,
 ) -> Phase:
-    study, accelerator = job.study, job.accelerator
+    study, accelerator, data = job.study, job.accelerator, job.config.data
     plan: Plan = study.plan(spans, seed)
     planned = plan.steps_per_epoch * optimisation.epochs
     planned = min(planned, optimisation.max_steps or planned)
+    reading = Reading(
+        study.streams if anchor is None else [],
+        study.scaling,
+        context=data.context_trs if anchor is None else 0,
+        anchor=anchor,
+        part=Part(accelerator.process_index, accelerator.num_processes),
+    )
 
-    def batches(epoch: int, first: int) -> Iterator[Batch]:
+    def batches(step: int) -> Iterator[Batch]:
+        pin = accelerator.device.type == "cuda"
         return training_batches(
-            study.shards,
-            plan,
-            study.streams if streams is None else [],
-            study.scaling,
-            epoch,
-            start=first,
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            num_workers=job.config.data.num_workers,
-            anchor=anchor,
+            study.source, plan, reading, start=step, num_workers=data.num_workers, prefetch=data.prefetch, pin=pin
         )
 
     return Phase(

@@ -1,0 +1,1 @@
+"""Commands around the package; each is started as a script."""
