@@ -251,6 +251,6 @@ def _manifest(
     moments = {name: Moments.concatenate([result.moments[name] for _, result in written]) for name in names}
     return Manifest(
         layout.name, layout.tr, tuple(layout.subjects), found.parcels, found.streams, tuple(samples),
-        tuple(result.record for _, result in written if result.record), write_statistics(folder, moments), skipped,
-        folder,
+        tuple(result.record for _, result in written if result.record), write_statistics(folder, moments), folder,
+        skipped,
     )  # fmt: skip

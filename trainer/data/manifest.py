@@ -146,8 +146,8 @@ class Manifest:
     samples: tuple[Sample, ...]
     shards: tuple[FileRecord, ...]
     statistics: FileRecord
-    skipped: tuple[Skipped, ...] = ()
     folder: Path = field(default=Path(), compare=False)
+    skipped: tuple[Skipped, ...] = ()
 
     def stream(self, name: str) -> Stream:
         """The stream of that name. Raises InputError that lists what the shards hold."""
