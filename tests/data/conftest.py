@@ -110,7 +110,15 @@ def write_shards(
         moments[-1]["bold"] = Moments.stack([Moments.of(row) for row in content.arrays["bold"]])
     statistics = write_statistics(folder, {n: Moments.stack([m[n] for m in moments]) for n in moments[0]})
     manifest = Manifest(
-        "made", 1.5, tuple(subjects), parcels, tuple(streams), tuple(described), tuple(records), statistics, folder
+        "made",
+        1.5,
+        tuple(subjects),
+        parcels,
+        tuple(streams),
+        tuple(described),
+        tuple(records),
+        statistics,
+        folder=folder,
     )
     manifest.save(folder)
     return manifest

@@ -16,6 +16,8 @@ from trainer.data.plan import Plan, Span, Window, select
 from trainer.data.shards import Shards
 from trainer.data.statistics import NO_SCALING
 from trainer.models.anchor import Anchor, anchor_loss
+from trainer.scoring.predictor import anchor_predictor
+from trainer.training.stages import AnchorObjective
 
 ALL = (True, True, True)
 STREAMS = [(1, 4), (2, 3), (1, 5)]
@@ -112,3 +114,28 @@ def test_a_span_that_was_cut_out_is_scored_with_the_run_around_it(
     cut = batch.cut(batch.scored())
     assert torch.equal(cut.bold, plain.bold) and torch.equal(cut.features[1], plain.features[1])
     assert torch.equal(cut.mask, plain.mask)
+
+
+def test_predictors_see_the_context_and_predict_without_it(invented_shards: Shards) -> None:
+    streams, anchor = invented_shards.manifest.streams, an_anchor(11)
+    (run,) = whole_runs(invented_shards, [Span(0, 0, 30, ALL)], streams)
+    expected = predict(anchor, run.features, run.mask)[:, :, 10:20]
+    (batch,) = whole_runs(invented_shards, [Span(0, 10, 20, ALL)], streams, context=5)
+    (plain,) = whole_runs(invented_shards, [Span(0, 10, 20, ALL)], streams)
+    batch.features = [f.double() for f in batch.features]
+    prediction, target = anchor_predictor(anchor)(batch)["mean"]
+    torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-6)
+    assert torch.equal(target, plain.bold)
+
+
+def test_the_objective_counts_the_trs_that_are_learnt_from(invented_shards: Shards) -> None:
+    plan = Plan(select(invented_shards.manifest, Filter()), 3, 8, 16, 4)
+    batch = next(
+        training_batches(invented_shards, plan, Reading(invented_shards.manifest.streams, NO_SCALING, context=5))
+    )
+    batch.features = [f.double() for f in batch.features]
+    total, count = AnchorObjective(an_anchor(11), 0)(batch, 0)
+    assert count == 8 * batch.subject_mask.sum()
+    inside = batch.loss_mask[:, None] & batch.subject_mask[..., None]
+    error = (predict(an_anchor(11), batch.features, batch.mask).float() - batch.bold).square().mean(-1)
+    torch.testing.assert_close(total, error[inside].sum())

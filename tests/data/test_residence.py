@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.conftest import LENGTHS, PARCELS
+from tests.data.conftest import PARCELS, Invented
+from tools.make_shards import main
 from trainer.config import Filter
 from trainer.data import sharing
 from trainer.data.batches import Batch
@@ -86,6 +88,26 @@ def test_device_host_and_disk_give_the_same_batches(
     for copy in copies:
         for batch, expected in zip(training_batches(copy, plan, reading, stop=5), disk, strict=True):
             assert equal(batch, expected)
+
+
+@pytest.mark.parametrize("mode", ["none", "run", "subject"])
+def test_a_device_scales_each_subject_by_its_own_though_one_before_it_is_absent(
+    invented: Invented, tmp_path: Path, mode: str
+) -> None:
+    with h5py.File(invented.bold_file("a"), "a") as file:
+        for day in list(file):
+            if "alpha_1" in file[day]:
+                del file[day]
+    assert main(invented.arguments(tmp_path / "s")) == 0
+    shards = Shards(tmp_path / "s")
+    spans = select(shards.manifest, Filter())
+    scaling = BoldScaling.fit(mode, shards, spans)  # type: ignore[arg-type]
+    anchor = anchors_of(shards, spans)
+    copy = DeviceCopy(shards, extents(spans, shards.manifest, 0), [], scaling, CPU)
+    plan, reading = Plan(spans, 1, 12, 16, 4), Reading([], scaling, anchor=anchor)
+    assert all(
+        map(equal, training_batches(copy, plan, reading, stop=4), training_batches(shards, plan, reading, stop=4))
+    )
 
 
 def test_a_copy_on_the_host_serves_workers_and_reads_the_rest_from_disk(invented_shards: Shards) -> None:
@@ -201,9 +223,3 @@ def test_waiting_for_another_process_is_bounded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sharing, "PATIENCE_S", 0.2)
     with silent, pytest.raises(InputError, match="has not finished"):
         SharedMemory(name, 10, lambda memory: None)
-
-
-def test_lengths_are_as_written(invented_shards: Shards) -> None:
-    assert [s.n_trs for s in invented_shards.manifest.samples] == [
-        LENGTHS[s.run] for s in invented_shards.manifest.samples
-    ]
