@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(
         ("datasets.test.filter.films=[chaplin]", ["datasets.test", "chaplin"]),
         ("datasets.test.filter.trs=[500, 600]", ["datasets.test", "no run left"]),
         ("data.shards=nowhere", ["nowhere"]),
+        ("datasets.val.filter.seasons=[1]", ["datasets.val", "shares TRs", "with train"]),
+        ("stage2.latent_dim=1", ["latent"]),
         ("stage1.lrr=3", ["stage1.lrr", "Did you mean stage1.lr?"]),
     ],
 )
@@ -130,6 +133,63 @@ def test_stage_2_needs_a_finished_stage_1(
     run = str(tmp_path / "run")
     arguments = ["--config", str(debug_config), "--run", run, "--stage", "2", f"data.shards={tiny_shards}"]
     assert "stage1/finished.json: missing. Train stage 1" in refused(capsys, "train", *arguments)
+    assert not Path(run).exists()
+
+
+def test_stage_2_is_not_trained_around_an_anchor_of_another_configuration(
+    debug_run: Path, tmp_path: Path, debug_config: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(debug_run / "stage1", run / "stage1")
+    arguments = ["train", "--config", str(debug_config), "--run", str(run), "--stage", "2"]
+    overrides = [f"data.shards={tiny_shards}", "stage1.model.encoder_causal=true", "bold.standardise=run"]
+    message = refused(capsys, *arguments, *overrides)
+    assert "found other values of bold.standardise, stage1.model.encoder_causal" in message
+    assert not (run / "stage2").exists()
+
+
+def test_a_refit_is_trained_on_both_sets_and_scored_on_neither(
+    tmp_path: Path, debug_config: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    options = ["train.refit=true", "stage2.subjects=separate", "stage2.cross_fit=0", "bold.standardise=subject"]
+    options += ["stage1.clip_grad_norm=1.0", "data.num_workers=1", "stage2.parametrisation=velocity"]
+    arguments = ["--config", str(debug_config), "--run", str(run), f"data.shards={tiny_shards}", *options]
+    assert main(["train", *arguments]) == 0
+    step = json.loads((run / "stage1" / "finished.json").read_text())["step"]
+    for stage in ("stage1", "stage2"):
+        chosen = json.loads((run / stage / "finished.json").read_text())["step"]
+        assert checkpoint.steps(run / stage / "refit" / "checkpoints")[-1] == chosen
+        sets = {json.loads(path.read_text())["set"] for path in (run / stage / "refit" / "scores").glob("*.json")}
+        assert sets == {"test"}
+    anchor = checkpoint.load(run / "stage2" / "refit" / "anchor", weights_only=True)
+    refitted = checkpoint.load(checkpoint.folder_of(run / "stage1" / "refit" / "checkpoints", step))
+    assert anchor.meta["sha256"]["model.safetensors"] == refitted.meta["sha256"]["model.safetensors"]
+    means = [
+        checkpoint.load(checkpoint.folder_of(folder / "checkpoints", step)).model["streams.0.mean"]
+        for folder in (run / "stage1", run / "stage1" / "refit")
+    ]
+    assert not torch.equal(*means), "the refit standardises with its own training set"
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--stage", "1"]) == 0
+    assert "-- test, mean" in capsys.readouterr().out
+    assert "the refitted model was trained on val" in refused(capsys, "evaluate", str(run), "--set", "val")
+
+
+def test_the_published_projection_trains_and_a_collapse_is_named(
+    tmp_path: Path, debug_run: Path, debug_config: Path, tiny_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(debug_run / "stage1", run / "stage1")
+    options = ["stage2.projection=linear", "stage2.parametrisation=velocity", "stage2.lr=0.01"]
+    arguments = ["--config", str(debug_config), "--run", str(run), "--stage", "2", f"data.shards={tiny_shards}"]
+    assert main(["train", *arguments, *options]) == 0
+    assert "the projection collapses" in capsys.readouterr().err
+    scores = [json.loads(path.read_text()) for path in (run / "stage2" / "scores").glob("*-val-mean.json")]
+    assert len(scores) == 2
+    assert not any("flow_loss" in score for score in scores)
+    lines = [json.loads(line) for line in (run / "stage2" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["latent_std"][0] < 0.5 for line in lines if line["kind"] == "val")
 
 
 def test_evaluate_names_what_there_is(debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,8 @@ def untrained_anchor(study: Study) -> Anchor:
     """An anchor as it is initialised, on standardised features."""
     torch.manual_seed(study.config.seed)
     anchor = build_anchor(study.config.stage1.model, shapes_of(study))
-    anchor.set_standardising(*feature_statistics(study.shards, study.spans["train"], study.streams))
+    if study.config.stage1.standardise_features:
+        anchor.set_standardising(*feature_statistics(study.shards, study.spans["train"], study.streams))
     return anchor
 
 

@@ -19,7 +19,8 @@ make_venv() {
         [ "$(cat "$have" 2>/dev/null)" = "$wanted" ] && return 0
     done
     echo "Installing into .venv (once, some minutes) ..."
-    "$python" -m venv --clear .venv || {
+    # an environment that works is kept and added to; half of one is made anew
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv || {
         echo "error: $python -m venv failed; install its venv module (Debian: apt-get install python3-venv)" >&2
         return 2; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}" -c constraints.txt

@@ -45,7 +45,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, metavar="DIR", help="run directory")
     evaluate.add_argument("--stage", choices=["1", "2"], help="which stage (default: both that are there)")
     evaluate.add_argument("--step", default="best", metavar="N|best|last|all", help="which checkpoints")
-    evaluate.add_argument("--set", action="append", dest="sets", metavar="NAME", help="which sets (default: all)")
+    evaluate.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        dest="sets",
+        metavar="NAME",
+        help="sets (default: all not trained on)",
+    )
     evaluate.set_defaults(run_command=_evaluate)
     return parser
 

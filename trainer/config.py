@@ -42,12 +42,20 @@ class Filter(StrictModel):
     subjects: list[str] | None = Field(None, description="subjects whose BOLD is used; others count as missing")
     trs: list[int | None] | None = Field(None, description="[start, stop] inside each run, like a Python slice")
 
+    @field_validator("subjects", mode="before")
+    @classmethod
+    def _labels_are_text(cls, subjects: object) -> object:
+        return [str(label) for label in subjects] if isinstance(subjects, list) else subjects
+
     @field_validator("trs")
     @classmethod
     def _two_ends(cls, trs: list[int | None] | None) -> list[int | None] | None:
         if trs is not None and len(trs) != 2:
             raise ValueError(f"found {trs}, expected two numbers or nulls: [start, stop]")
         return trs
+
+
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
 class DatasetConfig(StrictModel):
@@ -149,7 +157,7 @@ class OptimisationConfig(StrictModel):
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
     clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null for no clipping")
     patience: Positive | None = Field(
-        None, description="stop after so many validations without a better r; null never stops early"
+        None, description="stop after so many validations that bring nothing better; null never stops early"
     )
 
 
@@ -241,7 +249,9 @@ class Config(StrictModel):
     data: DataConfig = Field(description="where the data lie (table below)")
     bold: BoldConfig = Field(BoldConfig(), description="scaling of BOLD (table below)")
     include_features: list[str] = Field(min_length=1, description="streams KEY/LAYER that the anchor reads")
-    datasets: dict[str, DatasetConfig] = Field(description="named sets; `train` is trained on, the others are scored")
+    datasets: dict[SetName, DatasetConfig] = Field(
+        description="named sets; `train` is trained on, the others are scored"
+    )
     val_set_name: str = Field(description="the set that chooses the number of steps")
     sample_length: Positive = Field(64, description="TRs of a training window")
     num_samples: Positive = Field(2000, description="windows of an epoch")

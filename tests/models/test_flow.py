@@ -398,14 +398,6 @@ def test_the_field_knows_the_subject(subjects: str) -> None:
     assert (fields[0] - fields[1]).abs().max() > 1e-4
 
 
-def test_latent_std_is_of_the_valid_trs() -> None:
-    flow = _flow()
-    bold, _, mask, subject, _ = _items()
-    z = flow.latent.encode(bold, subject)
-    expected = torch.cat([z[n, : int(mask[n].sum())] for n in range(5)]).std(0, correction=0)
-    assert torch.allclose(flow.latent_std(bold, mask, subject), expected)
-
-
 def test_a_checkpoint_holds_the_latent_and_a_refit_keeps_the_residuals() -> None:
     flow, empty = _flow(), FlowMatching(SUBJECTS, PARCELS, LATENT, DECODER, n_timesteps=4).eval()
     empty.load_state_dict(flow.state_dict())

@@ -77,7 +77,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_best_is_the_highest_r_on_the_set_and_the_earliest_of_equals() -> None:
     def score(step: int, r: float | None, name: str = "val", estimate: str = "mean") -> dict:
-        return {"step": step, "pearson_r": r, "set": name, "estimate": estimate}
+        return {"step": step, "pearson_r": r, "set": name, "estimate": estimate, "validation": True}
 
     scores = [score(3, 0.2), score(2, 0.2), score(1, 0.1), score(4, 0.9, "test"), score(5, 0.8, "val", "sample")]
     assert checkpoint.best_step(scores, "val") == 2
@@ -86,7 +86,7 @@ def test_best_is_the_highest_r_on_the_set_and_the_earliest_of_equals() -> None:
 
 def test_stage_2_is_chosen_by_its_loss_on_unseen_runs() -> None:
     scores = [
-        {"step": step, "set": "val", "estimate": "mean", "pearson_r": r, "flow_loss": loss}
+        {"step": step, "set": "val", "estimate": "mean", "pearson_r": r, "flow_loss": loss, "validation": True}
         for step, r, loss in ((1, 0.3, 1.5), (2, 0.2, 1.2), (3, 0.1, None), (4, 0.4, 1.3))
     ]
     assert checkpoint.best_step(scores, "val") == 2

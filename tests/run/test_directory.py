@@ -62,6 +62,25 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
         run.claim([1], resume=True, overwrite=True)
 
 
+def test_stage_1_is_not_deleted_under_a_stage_2_that_stands_on_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for number in (1, 2):
+        run.stage(number).record_start("seed: 1\n")
+    with pytest.raises(InputError, match="stands around the stage 1"):
+        run.claim([1], resume=False, overwrite=True)
+    assert run.stage(1).has_started()
+    run.claim([1, 2], resume=False, overwrite=True)
+    assert not run.stage(2).has_started()
+
+
+def test_a_folder_that_only_has_a_stages_name_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="stage1: is no stage of a run"):
+        RunDirectory(tmp_path).claim([1, 2], resume=False, overwrite=True)
+    assert (tmp_path / "stage1" / "thesis.tex").exists()
+
+
 def test_a_folder_with_something_else_is_refused_even_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match=r"is no run directory: found thesis\.tex"):

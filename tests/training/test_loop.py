@@ -79,7 +79,7 @@ def a_phase(directory: Path, total: int = 20, patience: int | None = None, rs: d
     if rs is not None:
 
         def validate(step: int) -> float:
-            score = {"step": step, "set": "val", "estimate": "mean", "pearson_r": rs[step]}
+            score = {"step": step, "set": "val", "estimate": "mean", "pearson_r": rs[step], "validation": True}
             write_json(stage.scores / f"{step}.json", score)
             return rs[step]
 
@@ -172,8 +172,34 @@ def test_a_loss_that_is_not_finite_names_step_and_last_checkpoint(tmp_path: Path
             return (total * float("nan") if epoch == 1 else total), count
 
     phase.model = phase.objective = Broken()
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step 6; last checkpoint: step 4"):
+    with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 6; last checkpoint: step 4"):
         run(phase)
+
+
+def test_checkpoints_that_are_good_are_not_replaced_by_others(tmp_path: Path) -> None:
+    phase = a_phase(tmp_path)
+
+    class Broken(Line):
+        def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+            total, count = super().forward(batch, epoch)
+            return (total * float("nan") if epoch == 1 else total), count
+
+    phase.model = phase.objective = Broken()
+    config = a_config(every_steps=2, keep_last=1).model_copy(update={"log_every": 100})
+    with pytest.raises(FloatingPointError, match="at step 6"):
+        Training(phase, make_accelerator("no"), config, resume=False).run()
+    assert checkpoint.steps(phase.directory.checkpoints) == [4]
+
+
+def test_what_others_score_does_not_change_what_is_chosen(tmp_path: Path) -> None:
+    rs = {5: 0.1, 10: 0.3, 15: 0.2, 20: 0.25}
+    phase = a_phase(tmp_path, total=10, rs=rs)
+    run(phase)
+    score = {"step": 8, "set": "val", "estimate": "mean", "pearson_r": 0.9}
+    write_json(phase.directory.scores / "8.json", score)
+    assert checkpoint.best_step(phase.directory.read_scores(), "val") == 10
+    resumed = Training(a_phase(tmp_path, rs=rs), make_accelerator("no"), a_config(), resume=True)
+    assert resumed.history == [(5, 0.1), (10, 0.3)]
 
 
 def test_a_resume_with_other_shards_is_refused(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class Study:
                 self.spans[name] = select(self.manifest, dataset.filter)
             except InputError as error:
                 raise InputError(f"datasets.{name}", str(error)) from error
+        _check_apart(self.spans["train"], self.spans[config.val_set_name], self.manifest, config.val_set_name)
         parcels = self.manifest.parcels
         if config.stage2.latent_dim > parcels:
             raise InputError(
@@ -100,3 +101,12 @@ class Study:
             num_samples=config.num_samples,
             batch_size=config.batch_size,
         )
+
+
+def _check_apart(train: Sequence[Span], validation: Sequence[Span], manifest: Manifest, name: str) -> None:
+    """Raise InputError where the validation set holds TRs that are trained on: it would choose by what it has seen."""
+    for span in validation:
+        for other in train:
+            if span.sample == other.sample and span.start < other.stop and other.start < span.stop:
+                run = manifest.samples[span.sample].key
+                raise InputError(f"datasets.{name}", f"shares TRs of {run} with train", expected="other runs or TRs")

@@ -27,13 +27,16 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
     for number in stages:
         directory = run.stage(number)
         study = Study(load_config(directory.config))
-        refitted = step == "best" and bool(checkpoint.steps(directory.refit.checkpoints))
+        refitted = step == "best" and directory.finished() is not None and study.config.train.refit
         chosen = directory.refit if refitted else directory
         named = list(sets) if sets else study.scored_sets(refit=refitted)
         for name in named:
             if name not in study.spans:
                 known = ", ".join(study.spans)
                 raise InputError("--set", "no such set in the run", found=name, expected=f"one of {known}")
+            if refitted and name in ("train", study.config.val_set_name):
+                fix = "Score a checkpoint from before the refit with --step N or last."
+                raise InputError("--set", f"the refitted model was trained on {name}", fix=fix)
         for each in _steps(chosen, step, study.config.val_set_name):
             score_checkpoint(chosen, number, each, study, named, device, say)
 

@@ -92,11 +92,11 @@ class StreamEncoder(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, L, D) -> (B, T, L, d); mask (B, T), True at the TRs that exist."""
         weight = self.linear.weight / self.scale
-        # a sum of products rather than `weight @ mean`, which autocast would take to a short float
-        bias = self.linear.bias - (weight * self.mean).sum(1)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(weight.dtype)
-        h = F.linear(x, weight, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            # a short float has few digits: they must not go to the mean of a feature that hardly varies around it
+            h = F.linear(x.float() - self.mean, weight, self.linear.bias)
+        else:
+            h = F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
         if mask is not None:
             h = h.masked_fill(~mask[:, :, None, None], 0.0)
         if self.conv is None:

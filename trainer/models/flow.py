@@ -124,7 +124,7 @@ class Latent(nn.Module):
 class LinearLatent(nn.Module):
     """The published projection: a trainable linear layer V -> d and another one back, with no complement.
 
-    It collapses under the flow loss; its standard deviation is worth watching (`FlowMatching.latent_std`).
+    It collapses under the flow loss; the standard deviation of its latents is worth watching.
     """
 
     def __init__(self, n_parcels: int, latent_dim: int) -> None:
@@ -347,11 +347,6 @@ class FlowMatching(nn.Module):
             unit = normal(keys, SITE_COMPLEMENT, tuple(anchor.shape[1:]))
             noise = temperature * unit * self.latent.residual_std[subject][:, None]
         return self._out_of_latent(solution, anchor, subject, noise)
-
-    @torch.no_grad()
-    def latent_std(self, bold: Tensor, mask: Tensor, subject: Tensor) -> Tensor:
-        """The standard deviation of each latent dimension over the valid TRs of bold (N, T, V): (d,)."""
-        return self.latent.encode(bold, subject)[mask].float().std(0, correction=0)
 
     def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
         """The part of x (N, T, V) that the latent can hold, so that scores can be taken inside it."""

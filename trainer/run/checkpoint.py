@@ -162,15 +162,17 @@ def quality(score: Mapping[str, Any]) -> float | None:
 
 
 def qualities(scores: Iterable[Mapping[str, Any]], set_name: str) -> dict[int, float]:
-    """Step -> quality on a set, of the steps that were scored there."""
-    rated = {
-        score["step"]: quality(score) for score in scores if (score["set"], score["estimate"]) == (set_name, "mean")
-    }
+    """Step -> quality on a set, of the steps that the training itself validated there.
+
+    What others score, and when, must not change what a training chooses.
+    """
+    means = (s for s in scores if (s["set"], s["estimate"]) == (set_name, "mean") and s.get("validation"))
+    rated = {score["step"]: quality(score) for score in means}
     return {step: value for step, value in sorted(rated.items()) if value is not None}
 
 
 def best_step(scores: Iterable[Mapping[str, Any]], set_name: str) -> int | None:
-    """The step of the highest quality on a set (the earliest of equals); None where the set was never scored."""
+    """The step of the highest quality on a set (the earliest of equals); None where none was validated."""
     rated = qualities(scores, set_name)
     return max(rated, key=lambda step: rated[step]) if rated else None
 

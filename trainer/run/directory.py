@@ -162,6 +162,9 @@ class RunDirectory:
         """
         if resume and overwrite:
             raise InputError("--resume", "given together with --overwrite", fix="Choose one of them.")
+        strange = [n for n in (1, 2) if self.stage(n).path.exists() and not self.stage(n).has_started()]
+        if strange and any(self.stage(strange[0]).path.iterdir()):
+            raise InputError(self.stage(strange[0]).path, "is no stage of a run", fix="Choose another --run.")
         foreign = [p.name for p in self.path.glob("*") if p.name not in _OURS and p.suffix not in (".png", ".html")]
         if foreign and not any(self.stage(n).has_started() for n in (1, 2)):
             raise InputError(self.path, "is no run directory", found=foreign[0], fix="Choose another --run.")
@@ -172,10 +175,16 @@ class RunDirectory:
                 "holds another training",
                 fix="Give --resume to continue it, --overwrite to start anew, or another --run.",
             )
-        if overwrite:
-            for number in stages:
-                shutil.rmtree(self.stage(number).path, ignore_errors=True)
+        if overwrite and 1 in stages and 2 not in stages and self.stage(2).has_started():
+            raise InputError(
+                self.stage(2).path,
+                "stands around the stage 1 that --overwrite would delete",
+                fix="Train both stages (--stage all), or choose another --run.",
+            )
         try:
+            for number in stages if overwrite else ():
+                if self.stage(number).path.exists():
+                    shutil.rmtree(self.stage(number).path)
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
             probe.touch()

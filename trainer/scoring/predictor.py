@@ -64,6 +64,8 @@ class FlowPredictor:
     def __init__(self, anchor: Anchor, flow: FlowMatching, config: Config, estimates: Sequence[str]) -> None:
         self.anchor, self.flow, self.estimates = anchor, flow, estimates
         self.seed, self.options = config.seed, config.stage2
+        # the loss in a latent that is trained falls as the latent collapses: it judges nothing
+        self.has_fixed_latent = config.stage2.projection == "pca"
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Pairs:

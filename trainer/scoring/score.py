@@ -47,9 +47,11 @@ def score_checkpoint(
     predictor = load_predictor(directory, stage, step, study, device, ESTIMATES[:1] if stage == 1 else ESTIMATES)
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
     for set_name in sets:
+        validated = step in checkpoint.qualities(directory.read_scores(), set_name)
         scores = score_set(predictor, study, set_name, device)
         subjects = study.manifest.subjects
-        written = write_scores(directory, scores, subjects, stage=stage, step=step, set_name=set_name, epoch=epoch)
+        facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": validated}
+        written = write_scores(directory, scores, subjects, facts)
         for estimate, score in written.items():
             say(f"-- {set_name}, {estimate}, step {step} ({directory.scores})")
             say("\n".join(lines(score)))
@@ -75,7 +77,7 @@ def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.d
         valid = batch.cut(batch.scored()).mask[:, None, :] & batch.subject_mask[:, :, None]
         for name, (prediction, target) in predictor.predict(batch).items():
             accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
-        if isinstance(predictor, FlowPredictor):
+        if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
             run_loss, run_count = predictor.loss(batch)
             loss, count = loss + run_loss, count + run_count
     correlations = {name: accumulator.compute() for name, accumulator in accumulators.items()}
@@ -86,24 +88,21 @@ def write_scores(
     directory: StageDirectory,
     scores: SetScores,
     subjects: Sequence[str],
-    *,
-    stage: int,
-    step: int,
-    set_name: str,
-    **facts: Any,
+    facts: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Write one score file for each estimate; returns estimate -> what the file holds."""
+    """Write one score file for each estimate; returns estimate -> what the file holds.
+
+    `facts` are stage, step, set, epoch, and `validation`: whether this is the training's own validation, by which it
+    chooses.
+    """
     written = {}
     correlations = scores.correlations
     for estimate in (name for name in ESTIMATES if name in correlations):
         content = {
-            "stage": stage,
-            "step": step,
-            "set": set_name,
+            **facts,
             "estimate": estimate,
             "subjects": list(subjects),
             **summary(correlations[estimate], subjects),
-            **facts,
         }
         beside = {"subspace": f"{estimate}_subspace", "anchor": "anchor", "anchor_subspace": "anchor_subspace"}
         for key, name in beside.items():
@@ -111,7 +110,7 @@ def write_scores(
                 content[f"pearson_r_{key}"] = _finite(correlations[name].overall)
         if scores.flow_loss is not None:
             content["flow_loss"] = _finite(scores.flow_loss)
-        stem = directory.scores / f"step_{step:08d}-{set_name}-{estimate}"
+        stem = directory.scores / f"step_{facts['step']:08d}-{facts['set']}-{estimate}"
         _write_array(stem.with_suffix(".npy"), correlations[estimate].r)
         write_json(stem.with_suffix(".json"), content)
         written[estimate] = content
@@ -136,6 +135,8 @@ def summary(correlation: Correlation, subjects: Sequence[str]) -> dict[str, Any]
 def lines(score: dict[str, Any]) -> list[str]:
     """The score as it is printed."""
     title = f"Stage {score['stage']}" + (f" Epoch {score['epoch']}" if score["stage"] == 2 else "")
+    if score["estimate"] != "mean":
+        title += f" (one {score['estimate']})"
     overall = [f"{title} Overall Pearson's r: {printed(score['pearson_r'])}"]
     subjects = [f"{title} - Sub {label} Mean Pearson's r: {printed(r)}" for label, r in score["per_subject"].items()]
     inside = []

@@ -37,7 +37,8 @@ class Phase:
     the sum over all processes divided by the count over all processes. `batches(step)` gives this process's part of the
     global batches from a step on, without end, through all epochs. `validate(step)` scores the current weights, writes
     the score file and returns its quality (`checkpoint.quality`). `schedule_steps` is the length of the learning rate's
-    schedule: a refit of fewer steps follows the same one.
+    schedule: a refit of fewer steps follows the same one. `keeps_validated` keeps every checkpoint that was validated,
+    not only the best.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Phase:
     validate: Callable[[int], float] | None = None
     validate_every: int = 0
     val_set_name: str = ""
+    keeps_validated: bool = False
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Training:
                 bar.update()
                 if self.step % self.config.log_every == 0 or self.step == self.phase.total_steps:
                     self._report(norm, bar)
-                self._keep(stop)
+                self._keep(stop, loss, norm)
         return self.step
 
     def _is_done(self) -> bool:
@@ -158,12 +160,17 @@ class Training:
         ends = self.step == self.phase.total_steps
         return self.phase.validate is not None and (ends or self.step % self.phase.validate_every == 0)
 
-    def _keep(self, stop: StopRequest) -> None:
-        """Write a checkpoint and validate where this step asks for it; leave where a signal asked for that."""
+    def _keep(self, stop: StopRequest, loss: Tensor, norm: Tensor) -> None:
+        """Write a checkpoint and validate where this step asks for it; leave where a signal asked for that.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; nothing is written over the good checkpoints.
+        """
         every = self.config.checkpoint.every_steps
         ends = self.step == self.phase.total_steps
         if not (self._validates_here() or stop.requested or ends or (every and self.step % every == 0)):
             return
+        self._check_finite(float(loss), float(norm))
         if self.accelerator.is_main_process:
             moments = adam_moments(self.phase.model, self.optimizer)
             content = checkpoint.Checkpoint(self.phase.model.state_dict(), moments, self.phase.facts)
@@ -175,7 +182,8 @@ class Training:
             self._validate()
         if self.accelerator.is_main_process:
             best = checkpoint.best_step(self.phase.directory.read_scores(), self.phase.val_set_name)
-            checkpoint.prune(self.phase.directory.checkpoints, keep_last=self.config.checkpoint.keep_last, keep=[best])
+            kept = [step for step, _ in self.history] if self.phase.keeps_validated else [best]
+            checkpoint.prune(self.phase.directory.checkpoints, keep_last=self.config.checkpoint.keep_last, keep=kept)
 
     def _validate(self) -> None:
         assert self.phase.validate is not None
@@ -183,13 +191,10 @@ class Training:
         self.tally.reset()  # the time of a validation is no part of the training's speed
 
     def _report(self, norm: Tensor, bar: Any) -> None:
-        """Log what happened since the last line; raises FloatingPointError where the loss is not finite."""
+        """Log what happened since the last line. Raises FloatingPointError as `_keep` does."""
         phase, tally = self.phase, self.tally
         loss = torch.stack(tally.losses).mean().item()
-        if not math.isfinite(loss):
-            known = checkpoint.steps(phase.directory.checkpoints)
-            last = f"step {known[-1]}" if known else "none"
-            raise FloatingPointError(f"{phase.title}: loss is {loss} at step {self.step}; last checkpoint: {last}")
+        self._check_finite(loss, float(norm))
         if self.accelerator.is_main_process:
             seconds = time.perf_counter() - tally.since
             line = {
@@ -210,6 +215,14 @@ class Training:
                     flush=True,
                 )
         tally.reset()
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            known = checkpoint.steps(self.phase.directory.checkpoints)
+            last = f"step {known[-1]}" if known else "none"
+            raise FloatingPointError(
+                f"{self.phase.title}: loss {loss}, gradient norm {norm} at step {self.step}; last checkpoint: {last}"
+            )
 
     def _progress_bar(self) -> Any:
         """A bar on a terminal of the main process; elsewhere it is disabled and lines are printed."""

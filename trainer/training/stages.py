@@ -69,7 +69,12 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         Interrupted: a signal ended the training after a checkpoint.
     """
     study = Study(config)
+    with torch.device("meta"):  # models that cannot be built are refused before anything is written
+        build_anchor(config.stage1.model, shapes_of(study))
+        build_flow(config.stage2, shapes_of(study))
     run = RunDirectory(path)
+    if 1 not in stages:
+        _check_stage1(config, run)
     accelerator = make_accelerator(config.precision)
     if accelerator.is_main_process:
         run.claim(stages, resume=resume, overwrite=overwrite)
@@ -103,6 +108,27 @@ def _check_same_config(config: Config, run: RunDirectory, stages: Sequence[int])
                     found=f"other values of {', '.join(differing)}",
                     fix="Resume with the configuration it started with, or choose another --run.",
                 )
+
+
+def _check_stage1(config: Config, run: RunDirectory) -> None:
+    """Stage 2 alone stands on a finished stage 1 of the same data and anchor. Raises InputError."""
+    stage1 = run.stage(1)
+    if stage1.finished() is None:
+        raise InputError(stage1.path / "finished.json", "missing", fix="Train stage 1 of this run first (--stage 1).")
+    own = ("stage2.", *_MAY_CHANGE)
+    differing = [
+        key
+        for key in differing_keys(load_config(stage1.config), config)
+        if not key.startswith(own)
+        and (not key.startswith("datasets.") or key.split(".")[1] in ("train", config.val_set_name))
+    ]
+    if differing:
+        raise InputError(
+            stage1.config,
+            "stage 1 was trained with another configuration",
+            found=f"other values of {', '.join(differing)}",
+            fix="Train stage 2 with stage 1's configuration, or both in another --run.",
+        )
 
 
 class AnchorObjective(nn.Module):
@@ -167,10 +193,7 @@ def train_stage2(job: Job) -> None:
         job.say(f"Stage 2 is finished: {directory.path}")
         return
     finished = job.run.stage(1).finished()
-    if finished is None:
-        raise InputError(
-            job.run.stage(1).path / "finished.json", "missing", fix="Train stage 1 of this run first (--stage 1)."
-        )
+    assert finished is not None, "stage 1 is trained or checked before"
     if job.accelerator.is_main_process:
         directory.record_start(job.config.to_yaml(), world=job.accelerator.num_processes)
     step = int(finished["step"])
@@ -222,13 +245,14 @@ def flow_phase(
 
     torch.manual_seed(config.seed)
     flow = build_flow(config.stage2, shapes_of(job.study)).to(device)
-    if not checkpoint.steps(directory.checkpoints):
+    if checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None:
         crossfit.fit_latent(flow, job.study, spans, predictions)
     title = "Stage 2 refit" if refit else "Stage 2"
     objective = FlowObjective(flow, config.seed)
     phase = _phase(job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, anchor=predictions)
     if not refit:
         phase.validate_every = phase.steps_per_epoch * config.stage2.snapshot_every_epochs
+        phase.keeps_validated = True
         _validate_with(job, phase, 2, FlowPredictor(anchor, flow, config, ("mean",)), flow)
     return phase
 
@@ -296,7 +320,11 @@ def _phase(
         total_steps=planned if steps is None else steps,
         schedule_steps=planned,
         optimisation=optimisation,
-        facts={"shapes": shapes_of(study).as_json(), "steps_per_epoch": plan.steps_per_epoch},
+        facts={
+            "shapes": shapes_of(study).as_json(),
+            "shards": checkpoint.sha256(study.manifest.folder / "manifest.json"),
+            "steps_per_epoch": plan.steps_per_epoch,
+        },
         val_set_name=job.config.val_set_name,
     )
 
@@ -307,18 +335,11 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
     def validate(step: int) -> float:
         scores = score_set(predictor, job.study, phase.val_set_name, job.accelerator.device)
         epoch = step // phase.steps_per_epoch
-        written = write_scores(
-            phase.directory,
-            scores,
-            job.study.manifest.subjects,
-            stage=stage,
-            step=step,
-            set_name=phase.val_set_name,
-            epoch=epoch,
-        )["mean"]
-        logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"]}
+        facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
+        written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
+        logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
         if flow is not None:
-            logged |= {"flow_loss": written["flow_loss"], "latent_std": _latent_range(job, flow, phase)}
+            logged["latent_std"] = _latent_range(job, flow, phase)
         phase.directory.append_metrics(kind="val", step=step, **logged)
         if stage == 2:
             job.say("\n".join(lines(written)))
@@ -345,7 +366,7 @@ def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
 
 
 def _fit_and_choose(job: Job, phase: Phase) -> int:
-    """Train a phase and return the step with the best r on the validation set."""
+    """Train a phase and return the step that the validation set chooses."""
     Training(phase, job.accelerator, job.config, resume=job.resume).run()
     chosen = checkpoint.best_step(phase.directory.read_scores(), phase.val_set_name)
     if chosen is None:
