@@ -16,7 +16,7 @@ from trainer.data.plan import Plan, Span, Window, select
 from trainer.data.shards import Shards
 from trainer.data.statistics import NO_SCALING
 from trainer.models.anchor import Anchor, anchor_loss
-from trainer.scoring.predictor import anchor_predictor
+from trainer.scoring.predictor import AnchorPredictor
 from trainer.training.stages import AnchorObjective
 
 ALL = (True, True, True)
@@ -123,7 +123,7 @@ def test_predictors_see_the_context_and_predict_without_it(invented_shards: Shar
     (batch,) = whole_runs(invented_shards, [Span(0, 10, 20, ALL)], streams, context=5)
     (plain,) = whole_runs(invented_shards, [Span(0, 10, 20, ALL)], streams)
     batch.features = [f.double() for f in batch.features]
-    prediction, target = anchor_predictor(anchor)(batch)["mean"]
+    prediction, target = AnchorPredictor(anchor).predict(batch)["mean"]
     torch.testing.assert_close(prediction, expected, rtol=0, atol=1e-6)
     assert torch.equal(target, plain.bold)
 
