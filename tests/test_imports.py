@@ -8,9 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-LEAVES = {"errors", "strict", "config"}
+LEAVES = {"errors", "strict", "config", "progress"}
 ALLOWED = {
     "errors": set(),
+    "progress": set(),
     "strict": {"errors"},
     "config": {"errors", "strict"},
     "data": LEAVES,

@@ -1,21 +1,33 @@
 """Turn the HDF5 files of a data set into shards: one sample a run, aligned, checked and described.
 
-python tools/make_shards.py --layout configs/datasets/algonauts2025.yaml --root DATA --out SHARDS
+    python tools/make_shards.py --layout configs/datasets/algonauts2025.yaml --root DATA --out SHARDS
+    mpiexec -n 8 python -m mpi4py tools/make_shards.py ...
+    srun --ntasks 8 --mpi=pmi2 python -m mpi4py tools/make_shards.py ...
+
+Any number of processes writes the same bytes. A build that was killed or interrupted leaves the folder .SHARDS.building
+beside SHARDS; the same command goes on with the tars that are finished there. A build that failed leaves nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
-from tqdm import tqdm
-
-from trainer.data.build import Report, build, check_output
+from trainer.data.build import build
 from trainer.data.layout import load_layout
+from trainer.data.manifest import Manifest
+from trainer.data.ranks import Crew, on_ranks
 from trainer.data.survey import request_streams, survey
+from trainer.data.unfinished import check_output
 from trainer.errors import InputError, exit_on_input_error
+from trainer.progress import progress
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,47 +47,79 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--shard-size-mb", type=int, default=256, help="size that a tar is filled to (default: 256)")
     made.add_argument("--overwrite", action="store_true", help="replace shards that OUT holds already")
+    made.add_argument(
+        "--skip-bad", action="store_true", help="leave out runs with something wrong, and list them in the manifest"
+    )
     return made
 
 
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command on all ranks; returns its exit status."""
+    return on_ranks(functools.partial(_lead, argv))
+
+
+@exit_on_input_error
+def _lead(argv: Sequence[str] | None, crew: Crew) -> int:
+    """The command itself, on rank 0."""
     options = parser().parse_args(argv)
+    try:
+        with _signals_as_interrupts():
+            manifest = _build(options, crew)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        print(
+            f"interrupted by {signal.Signals(number).name}; the same command goes on with the tars that are finished.",
+            file=sys.stderr,
+        )
+        return 128 + int(number)
+    _summarise(options.out, manifest)
+    return 0
+
+
+def _build(options: argparse.Namespace, crew: Crew) -> Manifest:
     if options.shard_size_mb < 1:
         raise InputError("--shard-size-mb", "", found=options.shard_size_mb, expected="1 or more")
     layout = load_layout(options.layout)
     requests = request_streams(layout, options.features, options.float32, options.pool)
     check_output(options.out, options.overwrite)
-    found = survey(layout, options.root, requests, options.series)
+    found = survey(layout, options.root, requests, options.series, skip_bad=options.skip_bad)
     for note in found.notes:
         print(f"note: {note}", flush=True)
-    bar = tqdm(total=len(found.runs), unit="run", disable=not sys.stderr.isatty())
-    with bar:
-        manifest = build(
+    with progress(len(found.runs), "run") as tick:
+        return build(
             layout, found, requests, options.out, shard_bytes=options.shard_size_mb * 2**20,
-            overwrite=options.overwrite, report=_reporter(bar),
+            overwrite=options.overwrite, skip_bad=options.skip_bad, tick=tick, crew=crew,
         )  # fmt: skip
+
+
+def _summarise(out: Path, manifest: Manifest) -> None:
+    for skipped in manifest.skipped:
+        print(f"skipped: {skipped.run}: {skipped.reason}")
     trs = sum(sample.n_trs for sample in manifest.samples)
     size = sum(record.size for record in manifest.shards) / 1e6
     print(
-        f"{options.out}: {len(manifest.samples)} runs, {trs} TRs, {len(manifest.subjects)} subjects, "
+        f"{out}: {len(manifest.samples)} runs, {trs} TRs, {len(manifest.subjects)} subjects, "
         f"{manifest.parcels} parcels, {len(manifest.streams)} streams, {len(manifest.shards)} tar(s), {size:.1f} MB"
     )
-    return 0
 
 
-def _reporter(bar: tqdm) -> Report:
-    """A bar on a terminal; in a log file a line for about every tenth of the runs."""
+@contextlib.contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM (the end of a job's time) ends the work as Ctrl-C does: with its folder left as a restart needs it."""
 
-    def report(done: int, total: int, key: str) -> None:
-        if not bar.disable:
-            bar.set_postfix_str(key, refresh=False)
-            bar.update()
-        elif done == total or done % max(total // 10, 1) == 0:
-            print(f"{done}/{total} runs: {key}", flush=True)
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
 
-    return report
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import platform
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +25,8 @@ from trainer.data.build import deal, fit_length
 from trainer.data.layout import load_layout
 from trainer.data.shards import Shards
 from trainer.data.survey import request_streams, survey
+from trainer.data.unfinished import new_folder
+from trainer.errors import InputError
 
 
 def test_one_sample_a_run_and_repeat_with_what_its_name_says(invented_shards: Shards) -> None:
@@ -121,17 +129,191 @@ def test_overwrite_replaces_shards_once_the_new_ones_are_whole(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["shards", "source"]
 
 
-def test_ctrl_c_leaves_nothing(invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interrupt_at(run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = building.read_bold
 
     def interrupted(run: building.RunPlan, subjects: list[str]) -> np.ndarray:
-        if run.run == "beta_1":
+        if run.run == run_name:
             raise KeyboardInterrupt
         return original(run, subjects)
 
     monkeypatch.setattr(building, "read_bold", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        main(invented.arguments(tmp_path / "new/shards"))
+
+
+def test_ctrl_c_before_any_tar_is_finished_leaves_nothing(
+    invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _interrupt_at("beta_1", monkeypatch)
+    assert main(invented.arguments(tmp_path / "new/shards")) == 130
+    assert "interrupted by SIGINT" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def _one_run_a_tar(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes one tar of each run, and returns the list of those that are written from now on."""
+    written: list[str] = []
+    original = building.write_shard
+    monkeypatch.setattr(building, "deal", lambda runs, streams, size: [[run] for run in runs])
+    monkeypatch.setattr(building, "write_shard", lambda path, s: (written.append(path.stem), original(path, s))[1])
+    return written
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_finished_tars_of_the_very_same_request_are_kept_over_a_restart(
+    invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, home = tmp_path / "shards", tmp_path / ".shards.building"
+    written = _one_run_a_tar(monkeypatch)
+    assert main(invented.arguments(tmp_path / "undisturbed")) == 0
+    whole = [f"shard-{i:05d}" for i in range(4)]
+    assert written == whole
+    with monkeypatch.context() as patch:
+        _interrupt_at("beta_1", patch)
+        written.clear()
+        assert main(invented.arguments(out)) == 130
+        assert written == whole[:3] and not out.exists()
+        written.clear()
+        assert main(invented.arguments(out)) == 130  # interrupted again: what was finished at first is still there
+        assert written == whole[2:3]
+    shutil.copytree(home, tmp_path / "copy")
+    written.clear()
+    assert main(invented.arguments(out)) == 0
+    assert written == whole[2:]
+    assert _content(out) == _content(tmp_path / "undisturbed")
+    assert not home.exists()
+
+    def again(*more: str) -> list[str]:
+        shutil.copytree(tmp_path / "copy", home)
+        written.clear()
+        assert main(invented.arguments(out, "--overwrite", *more)) == 0
+        return list(written)
+
+    assert again() == whole[2:]
+    assert again("--float32", "video/deep") == whole
+    assert again("--skip-bad") == whole
+    tar = next((tmp_path / "copy").glob("start-*/shards/shard-00001.tar"))
+    tar.chmod(0o644)
+    tar.write_bytes(tar.read_bytes()[:-600] + bytes([1] * 600))
+    assert again() == whole[1:]
+    os.utime(invented.feature_file("Text", "alpha_1"), (1, 1))
+    assert again() == whole
+
+
+def test_output_that_was_away_for_the_exchange_when_a_build_was_killed_comes_back(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    assert main(invented.arguments(out)) == 0
+    before = _content(out)
+    (tmp_path / ".shards.building").mkdir()
+    out.rename(tmp_path / ".shards.building/old")
+    assert main(invented.arguments(out, "--features", "audio/mono")) == 2
+    assert "already holds shards" in capsys.readouterr().err
+    assert _content(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["shards", "source"]
+
+
+def test_second_build_to_the_same_output_is_told_who_is_at_it(
+    invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    with pytest.raises(InputError), new_folder(out, False, "first"):
+        assert main(invented.arguments(out)) == 2
+        raise InputError("the first", "ends badly")
+    found = f"is being built already: found process {os.getpid()} on host {platform.node()}"
+    assert found in capsys.readouterr().err
+    assert not list(tmp_path.glob(".shards*")) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "refused"),
+    [
+        ({"host": platform.node(), "pid": 2**22 + 1}, False),  # above the kernel's largest pid: dead for certain
+        ({"host": platform.node(), "pid": 1}, True),
+        ({"host": "another", "pid": 1}, True),
+        ({}, False),
+    ],
+)
+def test_host_and_process_decide_where_files_cannot_be_locked(
+    owner: dict[str, object], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    home = tmp_path / ".shards.building"
+    home.mkdir()
+    (home / "owner.json").write_text(json.dumps(owner) if owner else "")
+    if not refused:
+        with new_folder(tmp_path / "shards", False, "r") as folder:
+            assert json.loads((home / "owner.json").read_text())["pid"] == os.getpid()
+            (folder.shards / "x.tar").touch()
+        assert [p.name for p in tmp_path.iterdir()] == ["shards"]
+        return
+    words = f"found process 1 on host {owner['host']}.*if it is dead, remove {home}"
+    with pytest.raises(InputError, match=words), new_folder(tmp_path / "shards", False, "r"):
+        pass
+    assert home.exists()
+
+
+def test_bad_runs_are_left_out_and_listed_on_request(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _one_run_a_tar(monkeypatch)
+    _nan_in_bold(invented)
+    _missing_dataset(invented)
+    assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
+    shards = Shards(tmp_path / "shards", verify="full")
+    assert [s.key for s in shards.manifest.samples] == ["cinema_alpha_2"]
+    assert [r.name for r in shards.manifest.shards] == ["shard-00001.tar"]
+    reasons = {s.run: s.reason for s in shards.manifest.skipped}
+    assert list(reasons) == ["cinema_beta_1_run-1", "cinema_beta_1_run-2", "cinema_alpha_1"]
+    assert "no data set embedding" in reasons["cinema_beta_1_run-1"]
+    assert "found nan at TR 7, column 3" in reasons["cinema_alpha_1"]
+    printed = capsys.readouterr().out
+    for run, reason in reasons.items():
+        assert f"skipped: {run}: {reason}" in printed
+    assert shards.manifest.moments("bold").count.tolist() == [[24, 24, 0]]
+    np.testing.assert_array_equal(shards.read(0, "bold", 0, 24)[0], invented.bold["alpha_2", 1, "a"][:24])
+
+
+@pytest.mark.parametrize("spoil", ["_widths", "_parcels", "_bold_lengths", "_feature_lengths", "_empty", "_overflow"])
+def test_every_mistake_in_one_run_can_be_skipped(spoil: str, invented: Invented, tmp_path: Path) -> None:
+    globals()[spoil](invented)
+    assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
+    manifest = Shards(tmp_path / "shards").manifest
+    assert len(manifest.skipped) + len(manifest.samples) == (5 if spoil == "_parcels" else 4)
+    assert {s.run for s in manifest.skipped} < {"cinema_alpha_1", "cinema_alpha_9"} | {
+        f"cinema_beta_1_run-{i}" for i in (1, 2)
+    }
+
+
+def test_nothing_but_bad_runs_is_an_error(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in LENGTHS:
+        invented.put_features("Audio", run, "wave", np.full((LENGTHS[run], 1, 5), np.nan))
+    assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 2
+    assert re.search(
+        r"--skip-bad: no run is left\. The first: .*alpha_1.hdf5: wave: not a finite", capsys.readouterr().err
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_disk_that_is_full_while_a_tar_is_written_leaves_nothing(invented: Invented, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: the write that would exceed it fails."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); "
+        "from tools.make_shards import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *invented.arguments(tmp_path / "shards")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 2, ended.stderr
+    assert re.fullmatch(r"error: .*/shards: cannot be written: File too large\n", ended.stderr)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 

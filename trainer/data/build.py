@@ -1,40 +1,40 @@
 """From a survey of the HDF5 files to a folder of shards: align, check the values, write.
 
-Which run goes into which tar follows from the survey alone; each tar can then be written on its own, with one run in
-memory at a time. The folder is built aside under another name and renamed when it is whole.
+Which run goes into which tar follows from the survey alone; each tar can then be written on its own, by any process,
+with one run in memory at a time. So the bytes do not depend on who writes, and a finished tar can be kept over a
+restart. The folder is built aside under another name and renamed when it is whole.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from trainer import __version__
 from trainer.data.layout import Layout
 from trainer.data.manifest import (
     BOLD,
-    MANIFEST,
-    STATISTICS,
-    ArrayLocation,
-    FileRecord,
+    FORMAT,
     Manifest,
     Moments,
     Sample,
+    Skipped,
     Stream,
+    array_moments,
     describe_file,
     write_statistics,
 )  # fmt: skip
+from trainer.data.ranks import Crew
 from trainer.data.shards import SampleContent, extension, write_shard
 from trainer.data.survey import RunPlan, Source, StreamRequest, Survey, opened
+from trainer.data.unfinished import ShardResult, WorkFolder, new_folder
 from trainer.errors import InputError
-
-Report = Callable[[int, int, str], None]
-"""Called as (runs written, runs in all, key of the run)."""
+from trainer.progress import Tick, silent
 
 
 def read_bold(run: RunPlan, subjects: Sequence[str]) -> np.ndarray:
@@ -92,15 +92,6 @@ def _finite(source: Source, n_trs: int) -> np.ndarray:
     return values
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """A written tar: its record, where the arrays lie, and the moments of each of its runs, in order."""
-
-    record: FileRecord
-    places: Mapping[str, Mapping[str, ArrayLocation]]
-    moments: Sequence[Mapping[str, Moments]]
-
-
 def deal(runs: Sequence[RunPlan], streams: Sequence[Stream], shard_bytes: int) -> list[list[RunPlan]]:
     """Runs of each tar, in order: as many as fit into `shard_bytes`, one at least. Depends on the survey only."""
     dealt: list[list[RunPlan]] = []
@@ -116,33 +107,75 @@ def deal(runs: Sequence[RunPlan], streams: Sequence[Stream], shard_bytes: int) -
     return dealt
 
 
-def build_shard(
-    path: Path, runs: Sequence[RunPlan], layout: Layout, streams: Sequence[Stream], requests: Sequence[StreamRequest],
-    report: Callable[[str], None],
-) -> ShardResult:  # fmt: skip
-    """Write one whole tar. Raises InputError for what the survey could not see: values."""
+@dataclass(frozen=True)
+class Job:
+    """What every tar of a build has in common: where it goes, and how runs are stored."""
+
+    folder: WorkFolder
+    layout: Layout
+    streams: tuple[Stream, ...]
+    requests: tuple[StreamRequest, ...]
+    skip_bad: bool
+
+
+def build_shard(job: Job, index: int, runs: Sequence[RunPlan], tick: Tick | None) -> ShardResult:
+    """Write one whole tar and its record, or take the one that an earlier start finished.
+
+    Args:
+        tick: called with the key of each run; None on a rank that does not show progress.
+
+    Raises:
+        InputError: what the survey could not see: values. With `job.skip_bad` such a run is left out instead.
+        Abandoned: the folder is gone, since another rank has failed.
+    """
+    name = f"shard-{index:05d}"
+    result = job.folder.finished(name)
+    if result is None:
+        result = _write(job, job.folder.shards / f"{name}.tar", runs, tick)
+        job.folder.finish(name, result)
+    elif tick:
+        for run in runs:
+            tick(run.key)
+    return result
+
+
+class Abandoned(Exception):
+    """The build has ended without this rank."""
+
+
+def _write(job: Job, path: Path, runs: Sequence[RunPlan], tick: Tick | None) -> ShardResult:
+    subjects = list(job.layout.subjects)
     moments: list[Mapping[str, Moments]] = []
-    pooled = {request.name: request.pool for request in requests}
+    skipped: list[Skipped] = []
 
     def contents() -> Iterator[SampleContent]:
         for run in runs:
-            arrays = {BOLD: read_bold(run, list(layout.subjects))}
-            arrays |= {stream.name: read_features(run, stream, pooled[stream.name]) for stream in streams}
-            moments.append(_moments(arrays, run, list(layout.subjects)))
-            yield SampleContent(run.key, _meta(run, layout, streams), arrays)
-            report(run.key)
+            if not path.parent.is_dir():
+                raise Abandoned(path)
+            try:
+                arrays = _read_arrays(job, run)
+            except InputError as error:
+                if not job.skip_bad:
+                    raise
+                skipped.append(Skipped(run.key, str(error)))
+            else:
+                moments.append({n: array_moments(n, array, list(run.bold), subjects) for n, array in arrays.items()})
+                yield SampleContent(run.key, _meta(run, job.layout, job.streams), arrays)
+            if tick:
+                tick(run.key)
 
     places = write_shard(path, contents())
-    return ShardResult(describe_file(path), places, moments)
+    if not moments:
+        path.unlink()
+        return ShardResult(None, {}, {}, skipped)
+    stacked = {name: Moments.stack([m[name] for m in moments]) for name in moments[0]}
+    return ShardResult(describe_file(path), places, stacked, skipped)
 
 
-def _moments(arrays: Mapping[str, np.ndarray], run: RunPlan, subjects: Sequence[str]) -> dict[str, Moments]:
-    """Moments of one run's arrays as stored; `bold` per subject, count 0 where one is absent."""
-    rows = iter(arrays[BOLD])
-    nothing = np.zeros(arrays[BOLD].shape[-1])
-    absent = Moments(np.asarray(0, np.int64), nothing, nothing)
-    bold = Moments.stack([Moments.of(next(rows)) if label in run.bold else absent for label in subjects])
-    return {BOLD: bold, **{name: Moments.of(array) for name, array in arrays.items() if name != BOLD}}
+def _read_arrays(job: Job, run: RunPlan) -> dict[str, np.ndarray]:
+    pooled = {request.name: request.pool for request in job.requests}
+    features = {stream.name: read_features(run, stream, pooled[stream.name]) for stream in job.streams}
+    return {BOLD: read_bold(run, list(job.layout.subjects)), **features}
 
 
 def _meta(run: RunPlan, layout: Layout, streams: Sequence[Stream]) -> dict[str, object]:
@@ -155,81 +188,69 @@ def _meta(run: RunPlan, layout: Layout, streams: Sequence[Stream]) -> dict[str, 
 
 def build(
     layout: Layout, found: Survey, requests: Sequence[StreamRequest], out: Path, *,
-    shard_bytes: int = 256 * 2**20, overwrite: bool = False, report: Report = lambda done, total, key: None,
+    shard_bytes: int = 256 * 2**20, overwrite: bool = False, skip_bad: bool = False,
+    tick: Tick = silent, crew: Crew | None = None,
 ) -> Manifest:  # fmt: skip
-    """Write the whole folder `out`; it appears when it is complete, or not at all."""
-    done = 0
+    """Write the whole folder `out`; it appears when it is complete, or not at all.
 
-    def count(key: str) -> None:
-        nonlocal done
-        done += 1
-        report(done, len(found.runs), key)
+    Args:
+        shard_bytes: a tar is filled up to this size.
+        skip_bad: leave a run with bad values out and list it in the manifest.
+        tick: called with the key of each finished run.
+        crew: the processes that write tars; the bytes do not depend on how many they are.
+    """
+    dealt = deal(found.runs, found.streams, shard_bytes)
+    request = _digest(layout, found, requests, shard_bytes, skip_bad)
 
-    with new_folder(out, overwrite) as folder:
-        dealt = deal(found.runs, found.streams, shard_bytes)
-        results = [
-            build_shard(folder / f"shard-{i:05d}.tar", runs, layout, found.streams, requests, count)
-            for i, runs in enumerate(dealt)
-        ]
-        manifest = _manifest(layout, found, dealt, results, folder)
-        manifest.save(folder)
+    def finished(index: int) -> None:
+        for run in dealt[index]:
+            tick(run.key)
+
+    with new_folder(out, overwrite, request) as folder:
+        job = Job(folder, layout, found.streams, tuple(requests), skip_bad)
+        tasks = [(job, i, runs) for i, runs in enumerate(dealt)]
+        results = (crew or Crew()).run(build_shard, tasks, tick, finished)
+        _manifest(layout, found, dealt, results, folder.shards).save(folder.shards)
     return Manifest.load(out)
+
+
+def _digest(layout: Layout, found: Survey, requests: Sequence[StreamRequest], shard_bytes: int, skip_bad: bool) -> str:
+    """Of all that decides about the bytes: layout, options, and the names, sizes and times of the source files."""
+    sources = (s for run in found.runs for s in (*run.bold.values(), *run.features.values()))
+    stats = {str(path): path.stat() for path in sorted({source.file for source in sources})}
+    content = {
+        "format": [FORMAT, __version__],
+        "layout": layout.model_dump(),
+        "survey": asdict(found),
+        "requests": [asdict(request) for request in requests],
+        "options": [shard_bytes, skip_bad],
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def _manifest(
     layout: Layout, found: Survey, dealt: Sequence[Sequence[RunPlan]], results: Sequence[ShardResult], folder: Path
 ) -> Manifest:
+    """Describe what was written; a tar of which every run was left out is not there, and does not count."""
+    written = [(runs, result) for runs, result in zip(dealt, results, strict=True) if result.record is not None]
+    skipped = (*found.skipped, *(s for result in results for s in result.skipped))
+    if not written:
+        raise InputError("--skip-bad", "no run is left", fix=f"The first: {skipped[0].reason}")
     samples = [
         Sample(
             run.key, i, run.series, run.run, run.repeat, run.groups.season, run.groups.episode, run.groups.film,
             run.groups.part, run.n_trs, tuple(label for label in layout.subjects if label in run.bold),
             result.places[run.key],
         )
-        for i, (runs, result) in enumerate(zip(dealt, results, strict=True))
+        for i, (runs, result) in enumerate(written)
         for run in runs
+        if run.key in result.places
     ]  # fmt: skip
-    every = [moments for result in results for moments in result.moments]
-    statistics = write_statistics(folder, {name: Moments.stack([m[name] for m in every]) for name in every[0]})
+    names = written[0][1].moments
+    moments = {name: Moments.concatenate([result.moments[name] for _, result in written]) for name in names}
     return Manifest(
         layout.name, layout.tr, tuple(layout.subjects), found.parcels, found.streams, tuple(samples),
-        tuple(result.record for result in results), statistics, folder,
+        tuple(result.record for _, result in written if result.record), write_statistics(folder, moments), folder,
+        skipped,
     )  # fmt: skip
-
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raises InputError where `out` cannot be written, holds shards already, or holds anything else."""
-    above = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(out, "cannot be written", found=f"{above} is no folder that can be written to")
-    names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    others = [n for n in names if n not in (MANIFEST, STATISTICS) and not n.endswith(".tar")]
-    if others:
-        raise InputError(out, "holds other files", found=others[0], expected="a new folder, or one of shards only")
-    if names and not overwrite:
-        raise InputError(out, "already holds shards", fix="Add --overwrite to replace them, or choose another folder.")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends, and is removed when it fails."""
-    check_output(out, overwrite)
-    out = Path(os.path.realpath(out))
-    aside, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("building", "old"))
-    created = [p for p in out.parents if not p.exists()]
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if old.exists():
-            old.rename(out)
-        for parent in created:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(out, f"cannot be written: {error.strerror}") from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)

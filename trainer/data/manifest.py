@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A run that was left out on request, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """A file of the folder, with what it takes to notice that it is another one."""
 
@@ -96,9 +104,14 @@ class Moments:
         return cls(np.asarray(len(rows), np.int64), mean, np.square(rows - mean).sum(0))
 
     @classmethod
-    def stack(cls, parts: list[Moments]) -> Moments:
+    def stack(cls, parts: Sequence[Moments]) -> Moments:
         """Several moments of one shape, along a new first axis."""
         return cls(*(np.stack([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Moments]) -> Moments:
+        """Several stacks of moments, one behind the other."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def combine(self) -> Moments:
         """The moments of the union over the first axis.
@@ -120,7 +133,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A folder of shards, described. Arrays of a sample are named `bold` or like their stream."""
+    """A folder of shards, described. Arrays of a sample are named `bold` or like their stream.
+
+    `skipped` are the runs that were left out because something was wrong with them.
+    """
 
     name: str
     tr: float
@@ -131,6 +147,7 @@ class Manifest:
     shards: tuple[FileRecord, ...]
     statistics: FileRecord
     folder: Path = field(default=Path(), compare=False)
+    skipped: tuple[Skipped, ...] = ()
 
     def stream(self, name: str) -> Stream:
         """The stream of that name. Raises InputError that lists what the shards hold."""
@@ -199,7 +216,22 @@ class Manifest:
                 expected=claimed,
                 fix="Build the shards again.",
             )
-        return _from_json(content, folder)
+        try:
+            return _from_json(content, folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                path, "not a manifest", found=repr(error), expected="one as tools/make_shards.py writes it"
+            ) from error
+
+
+def array_moments(name: str, array: np.ndarray, present: Sequence[str], subjects: Sequence[str]) -> Moments:
+    """Moments of one run's array as stored; those of `bold` per subject of `subjects`, count 0 where one is absent."""
+    if name != BOLD:
+        return Moments.of(array)
+    rows = iter(array)
+    nothing = np.zeros(array.shape[-1])
+    absent = Moments(np.asarray(0, np.int64), nothing, nothing)
+    return Moments.stack([Moments.of(next(rows)) if label in present else absent for label in subjects])
 
 
 def write_statistics(folder: Path, moments: Mapping[str, Moments]) -> FileRecord:
@@ -225,8 +257,8 @@ def check_file(folder: Path, record: FileRecord, *, full: bool = False) -> None:
         raise InputError(path, "missing", expected="a file, since the manifest lists it", fix="Build the shards again.")
     if path.stat().st_size != record.size:
         raise InputError(path, "size", found=f"{path.stat().st_size} bytes", expected=f"{record.size} bytes")
-    if full and describe_file(path).sha256 != record.sha256:
-        raise InputError(path, "SHA-256", found=describe_file(path).sha256, expected=record.sha256)
+    if full and (found := describe_file(path).sha256) != record.sha256:
+        raise InputError(path, "SHA-256", found=found, expected=record.sha256)
 
 
 def _digest(content: Any) -> str:
@@ -267,6 +299,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
             "streams": tuple(Stream(**s) for s in content["streams"]),
             "samples": samples,
             "shards": tuple(FileRecord(**s) for s in content["shards"]),
+            "skipped": tuple(Skipped(**s) for s in content.get("skipped", ())),
             "statistics": FileRecord(**content["statistics"]),
         },
         folder=folder,

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import webdataset as wds
 
-from trainer.data.manifest import BOLD, ArrayLocation, Manifest, check_file
+from trainer.data.manifest import BOLD, ArrayLocation, Manifest, Sample, check_file
 from trainer.errors import InputError
 
 
@@ -67,14 +67,45 @@ def _locate(path: Path, names: Mapping[str, Mapping[str, str]]) -> dict[str, dic
             key, _, end = member.name.partition(".")
             if not end.endswith(".npy"):
                 continue
-            file.seek(member.offset_data)
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(file)
-            if fortran_order:
-                raise ValueError(f"{path}: {member.name} is in Fortran order, expected C order")
-            found[key][names[key][end]] = ArrayLocation(file.tell(), tuple(shape), np.dtype(dtype).name)
+            found[key][names[key][end]] = read_npy_header(file, member.offset_data)
     return found
+
+
+def read_npy_header(file: BinaryIO, offset: int) -> ArrayLocation:
+    """What the .npy that begins at `offset` says about itself. Raises ValueError where there is none in C order."""
+    file.seek(offset)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read(file)
+    if fortran_order:
+        raise ValueError("found Fortran order, expected C order")
+    return ArrayLocation(file.tell(), tuple(shape), np.dtype(dtype).name)
+
+
+def check_first_array(path: Path, sample: Sample) -> None:
+    """Compare the tar header and the .npy header at the start of a tar with its first sample in the manifest.
+
+    One read of some hundred bytes: it tells another tar of the same size from the right one. Raises InputError.
+    """
+    name, place = min(sample.arrays.items(), key=lambda item: item[1].offset)
+    expected = (f"{sample.key}.{extension(name)}", place)
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            first = tar.next()
+            found = (first.name, read_npy_header(file, first.offset_data)) if first else ("nothing", None)
+    except OSError as error:
+        raise InputError(path, f"cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # damaged bytes make tarfile and numpy raise whatever they come upon
+        raise InputError(path, f"begins with no array: {error}", expected=expected[0], fix=_REBUILD) from error
+    if found != expected:
+        raise InputError(path, "begins with", found=_named(*found), expected=_named(*expected), fix=_REBUILD)
+
+
+_REBUILD = "It is damaged or another tar: copy it or build the shards again."
+
+
+def _named(name: str, place: ArrayLocation | None) -> str:
+    return f"{name} {place.dtype} {place.shape} at byte {place.offset}" if place else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +125,25 @@ class _Address:
 class Shards:
     """A folder of shards, opened for reading. It can be pickled; files are opened where and when they are first read.
 
-    Opening compares the size of every tar with the manifest. Raises InputError where one is missing or differs.
+    Opening compares the size of every tar and the header of its first array with the manifest.
+
+    Args:
+        verify: `full` also compares the SHA-256 of every tar, which reads all of it.
+
+    Raises:
+        InputError: the manifest or the statistics are missing or were changed, or a tar is missing or differs.
     """
 
     def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
         self.manifest = Manifest.load(folder)
         self.folder = Path(folder)
-        for record in self.manifest.shards:
+        first: dict[int, Sample] = {}
+        for sample in self.manifest.samples:
+            first.setdefault(sample.shard, sample)
+        for i, record in enumerate(self.manifest.shards):
             check_file(self.folder, record, full=verify == "full")
+            if i in first:
+                check_first_array(self.folder / record.name, first[i])
         self._files: dict[int, int] = {}
         self._addresses: dict[tuple[int, str], _Address] = {}
 

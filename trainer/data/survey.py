@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import h5py
 
 from trainer.data.layout import Layout, RunGroups, fill, find_files, pattern_regex
-from trainer.data.manifest import Stream
+from trainer.data.manifest import Skipped, Stream
 from trainer.data.shards import extension
 from trainer.errors import InputError
 
@@ -63,12 +64,13 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Survey:
-    """All runs of a data set, the streams as they will be stored, and remarks for the user."""
+    """All runs of a data set, the streams as they will be stored, remarks for the user, and the runs left out."""
 
     runs: tuple[RunPlan, ...]
     streams: tuple[Stream, ...]
     parcels: int
     notes: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass
@@ -118,8 +120,13 @@ def request_streams(
     return tuple(requests)
 
 
-def survey(layout: Layout, root: Path, streams: Sequence[StreamRequest], series: Sequence[str] | None = None) -> Survey:
+def survey(
+    layout: Layout, root: Path, streams: Sequence[StreamRequest], series: Sequence[str] | None = None, *,
+    skip_bad: bool = False,
+) -> Survey:  # fmt: skip
     """Find every run of the chosen series (all by default) below `root` and check names, shapes and lengths.
+
+    With `skip_bad`, a run whose features are missing or unreadable, or whose shapes or lengths do not fit, is left out.
 
     Raises:
         InputError: a file or data set that is missing, cannot be read or is there twice; shapes, widths, layers or
@@ -132,26 +139,38 @@ def survey(layout: Layout, root: Path, streams: Sequence[StreamRequest], series:
             raise InputError("--series", "unknown", found=name, expected=f"one of {', '.join(layout.series)}")
     chosen = [name for name in layout.series if series is None or name in series]
     notes: list[str] = []
-    runs = [run for name in chosen for run in _survey_series(layout, root, name, streams, notes)]
+    bad: dict[str, InputError] = {}
+    surveyed = (_survey_series(layout, root, name, streams, notes, bad if skip_bad else None) for name in chosen)
+    runs = [run for series_runs in surveyed for run in series_runs]
+    odd = _unlike_others(runs, streams)
+    if odd and not skip_bad:
+        raise next(iter(odd.values()))
+    bad |= odd
+    runs = [run for run in runs if run.key not in bad]
     for label in layout.subjects:
         if not any(label in run.bold for run in runs):
             raise InputError(
                 root,
-                f"no BOLD file found for subject {label}",
-                fix="Take the subject out of the layout, or add the files.",
+                f"no BOLD file found for subject {label}" if not bad else f"no good run is left of subject {label}",
+                fix="Take the subject out of the layout, or add the files."
+                if not bad
+                else str(next(iter(bad.values()))),
             )
     for run in runs:
         absent = [label for label in layout.subjects if label not in run.bold]
         if absent:
             notes.append(f"{run.key}: no BOLD of subject {', '.join(absent)}")
-    _check_equal((source for run in runs for source in run.bold.values()), 1, "parcels")
-    described = tuple(_describe_stream(request, [run.features[request.name] for run in runs]) for request in streams)
-    return Survey(tuple(runs), described, next(iter(runs[0].bold.values())).shape[1], tuple(notes))
+    described = tuple(_describe_stream(request, runs[0].features[request.name]) for request in streams)
+    parcels = next(iter(runs[0].bold.values())).shape[1]
+    skipped = tuple(Skipped(key, str(error)) for key, error in bad.items())
+    return Survey(tuple(runs), described, parcels, tuple(notes), skipped)
 
 
 def _survey_series(
-    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str]
-) -> Iterator[RunPlan]:
+    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str],
+    bad: dict[str, InputError] | None,
+) -> Iterator[RunPlan]:  # fmt: skip
+    """The runs of one series; what is wrong with one run is raised, or goes into `bad` where that is given."""
     scans: dict[tuple[str, int], _Scan] = {}
     for label in layout.subjects:
         _find_scans(layout, root, series, label, scans, notes)
@@ -166,8 +185,14 @@ def _survey_series(
         key = re.sub(r"[^A-Za-z0-9_-]", "_", f"{series}_{run}") + (f"_run-{repeat}" if scan.repeated else "")
         if keys.setdefault(key, run) != run:
             raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
-        features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
-        n_trs = _common_length(scan.bold.values(), features.values())
+        try:
+            features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
+            n_trs = _common_length(scan.bold.values(), features.values())
+        except InputError as error:
+            if bad is None:
+                raise
+            bad[key] = error
+            continue
         yield RunPlan(key, series, run, repeat, scan.groups, scan.bold, features, n_trs)
 
 
@@ -308,31 +333,40 @@ def _common_length(bold: Iterable[Source], features: Iterable[Source]) -> int:
     return n_trs
 
 
-def _check_equal(sources: Iterator[Source], axis: int, what: str) -> None:
-    first = None
-    for source in sources:
-        first = first or source
-        if source.shape[axis:] != first.shape[axis:]:
-            raise InputError(
-                str(source),
-                what,
-                found=_joined(source.shape[axis:]),
-                expected=f"{_joined(first.shape[axis:])} as in {first}",
-            )
+def _unlike_others(runs: Sequence[RunPlan], requests: Sequence[StreamRequest]) -> dict[str, InputError]:
+    """The runs whose parcels or widths are not those of most data sets, with the first mistake of each."""
+    scans = [(run.key, source, source.shape[1:]) for run in runs for source in run.bold.values()]
+    bad = _odd_ones(scans, "parcels")
+    for request in requests:
+        sources = [(run.key, run.features[request.name]) for run in runs]
+        rows = [(key, source, _row(request, source)) for key, source in sources]
+        bad = {**_odd_ones(rows, "width"), **bad}
+    return bad
+
+
+def _odd_ones(described: Sequence[tuple[str, Source, tuple[int, ...]]], what: str) -> dict[str, InputError]:
+    if not described:
+        return {}
+    usual = Counter(shape for _, _, shape in described).most_common(1)[0][0]
+    example = next(source for _, source, shape in described if shape == usual)
+    odd: dict[str, InputError] = {}
+    for key, source, shape in described:
+        if shape != usual:
+            expected = f"{_joined(usual)} as in {example}"
+            odd.setdefault(key, InputError(str(source), what, found=_joined(shape), expected=expected))
+    return odd
 
 
 def _joined(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _describe_stream(request: StreamRequest, sources: Sequence[Source]) -> Stream:
-    """The stream's stored shape, which must be the same in all runs."""
-    squeezed = (
-        Source(s.file, s.dataset, s.shape[:1] + s.shape[-1:] if request.pool or s.shape[1] == 1 else s.shape)
-        if len(s.shape) == 3 else s
-        for s in sources
-    )  # fmt: skip
-    kept = list(squeezed)
-    _check_equal(iter(kept), 1, "width")
-    row = kept[0].shape[1:]
+def _row(request: StreamRequest, source: Source) -> tuple[int, ...]:
+    """The shape of one TR as it will be stored: (D,) or (L, D)."""
+    pooled = len(source.shape) == 3 and (request.pool or source.shape[1] == 1)
+    return source.shape[-1:] if pooled else source.shape[1:]
+
+
+def _describe_stream(request: StreamRequest, source: Source) -> Stream:
+    row = _row(request, source)
     return Stream(request.name, row[0] if len(row) == 2 else 1, row[-1], request.dtype)
