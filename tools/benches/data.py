@@ -106,7 +106,7 @@ def reading_rows(folder: Path) -> list[Row]:
             "stored bytes, against a plain memory copy of them", speed, "GB/s", limit, fraction, fraction,
             "ratio >= 0.6", fraction >= 0.6,
         ),
-        Row("what limits it: the system's reads alone, likewise", reads, "GB/s", limit, reads / limit, reads / limit),
+        Row("what os.preadv would reach at most, likewise", reads, "GB/s", limit, reads / limit, reads / limit),
     ]  # fmt: skip
 
 

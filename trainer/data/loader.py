@@ -239,5 +239,9 @@ def _worker_error(workers: Sequence[BaseProcess], error: RuntimeError) -> Runtim
         f"process {pid} {f'was killed by {signal.Signals(-code).name}' if code < 0 else f'exited with status {code}'}"
         for pid, code in dead
     )
-    hint = " (the system kills what needs too much memory)" if (-signal.SIGKILL) in [code for _, code in dead] else ""
+    hints = {
+        -signal.SIGKILL: " (the system kills what needs too much memory)",
+        -signal.SIGBUS: " (a shard was cut short, or its disk failed, while it was read)",
+    }
+    hint = next((hints[code] for _, code in dead if code in hints), "")
     return RuntimeError(f"data worker died: {', '.join(ends)}{hint}")
