@@ -7,7 +7,6 @@ with 128 + its number; everything else is our mistake and keeps its traceback.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from trainer.errors import InputError, exit_on_input_error
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    faulthandler.enable()  # a disk that fails under a mapped shard is a SIGBUS: say where
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes one group of positionals only; overrides may stand anywhere
