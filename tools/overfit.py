@@ -36,6 +36,7 @@ from trainer.training.loop import adamw
 from trainer.training.stages import FlowObjective
 
 LAST = 20
+EVERY = 25
 UNTRAINED_STD = 0.3
 """Standard deviation that an untrained anchor's prediction is brought to: about a trained one's."""
 
@@ -117,8 +118,9 @@ def memorise(flow: FlowMatching, batch: Batch, config: Config, steps: int) -> li
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        if step % 50 == 0 or step == steps - 1:
-            print(f"step {step} loss {losses[-1]:.4f}", flush=True)
+        if len(losses) % EVERY == 0 or len(losses) == steps:
+            # one step's loss depends on the few times t that it drew
+            print(f"step {len(losses)} mean loss {np.mean(losses[-EVERY:]):.4f}", flush=True)
     return losses
 
 
