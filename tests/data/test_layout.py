@@ -106,3 +106,10 @@ def test_mistake_in_a_layout_names_file_and_key(tmp_path: Path, old: str, new: s
         load_layout(path)
     for word in [str(path), *words]:
         assert word in str(error.value)
+
+
+def test_parts_that_may_be_absent_are_absent_independently(tmp_path: Path) -> None:
+    for name in ("s.h5", "s_a.h5", "s_b.h5", "s_a_b.h5", "s_c.h5"):
+        (tmp_path / name).touch()
+    found = [path.name for path, _ in find_files(tmp_path, "s[_a][_b].h5", {})]
+    assert found == ["s.h5", "s_a.h5", "s_a_b.h5", "s_b.h5"]

@@ -38,6 +38,15 @@ class Line(nn.Module):
         return error.sum(), torch.tensor(error.numel())
 
 
+class BreaksInEpoch1(Line):
+    """Its loss is not a number from epoch 1 on."""
+
+    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """The sum of losses, and their number."""
+        total, count = super().forward(batch, epoch)
+        return (total * float("nan") if epoch == 1 else total), count
+
+
 def batches(step: int) -> Iterator[Batch]:
     for k in itertools.count(step):
         windows = torch.arange(4) + 4 * (k % STEPS_PER_EPOCH)
@@ -166,12 +175,7 @@ def test_a_validation_that_the_end_cut_off_is_made_up_for(tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
     phase = a_phase(tmp_path)
 
-    class Broken(Line):
-        def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-            total, count = super().forward(batch, epoch)
-            return (total * float("nan") if epoch == 1 else total), count
-
-    phase.model = phase.objective = Broken()
+    phase.model = phase.objective = BreaksInEpoch1()
     with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 6; last checkpoint: step 4"):
         run(phase)
 
@@ -179,12 +183,7 @@ def test_a_loss_that_is_not_finite_names_step_and_last_checkpoint(tmp_path: Path
 def test_checkpoints_that_are_good_are_not_replaced_by_others(tmp_path: Path) -> None:
     phase = a_phase(tmp_path)
 
-    class Broken(Line):
-        def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-            total, count = super().forward(batch, epoch)
-            return (total * float("nan") if epoch == 1 else total), count
-
-    phase.model = phase.objective = Broken()
+    phase.model = phase.objective = BreaksInEpoch1()
     config = a_config(every_steps=2, keep_last=1).model_copy(update={"log_every": 100})
     with pytest.raises(FloatingPointError, match="at step 6"):
         Training(phase, make_accelerator("no"), config, resume=False).run()

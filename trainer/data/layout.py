@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import glob
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ def find_files(root: Path, pattern: str, known: Mapping[str, str]) -> Iterator[t
     """Files below `root` that match, in order of name, each with the values of all its fields."""
     filled = fill(pattern, known)
     wide = re.sub(r"\{\w+\}", "*", filled)
-    shapes = {re.sub(r"\[|\]", "", wide), re.sub(r"\[[^\]]*\]", "", wide)}
+    pieces = [(piece[1:-1], "") if piece[:1] == "[" else (piece,) for piece in re.split(r"(\[[^\]]*\])", wide)]
+    shapes = {"".join(chosen) for chosen in itertools.product(*pieces)}
     # glob, since Path.glob does not walk into linked folders, and people link their features.
     names = {name for shape in shapes for name in glob.iglob(shape, root_dir=root, recursive=True)}  # noqa: PTH207
     for name in sorted(names):

@@ -20,6 +20,7 @@ from trainer.data.layout import Layout, RunGroups, fill, find_files, pattern_reg
 from trainer.data.manifest import Skipped, Stream
 from trainer.data.shards import extension
 from trainer.errors import InputError
+from trainer.progress import watched
 
 MAX_TRS_APART = 2
 """Scans of one run differ by a TR or two, and features from the BOLD; more than that is a mistake in the data."""
@@ -181,7 +182,7 @@ def _survey_series(
         if request.folders not in indices:
             indices[request.folders] = _feature_index(layout, root, series, request.folders)
     keys: dict[str, str] = {}
-    for (run, repeat), scan in sorted(scans.items(), key=lambda item: item[0]):
+    for (run, repeat), scan in watched(sorted(scans.items()), f"surveying {series}", len(scans)):
         key = re.sub(r"[^A-Za-z0-9_-]", "_", f"{series}_{run}") + (f"_run-{repeat}" if scan.repeated else "")
         if keys.setdefault(key, run) != run:
             raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
