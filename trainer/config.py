@@ -219,6 +219,9 @@ class Stage2Config(OptimisationConfig):
         description="folds of anchors that predict runs they have not seen, to learn from; 0: the anchor",
     )
     snapshot_every_epochs: Positive = Field(5, description="epochs between checkpoints that are scored")
+    ema: Fraction | None = Field(
+        None, description="decay of a moving average of the weights, e.g. 0.999, which then is what predicts; null: off"
+    )
 
     @field_validator("cross_fit")
     @classmethod
@@ -238,14 +241,19 @@ class CheckpointConfig(StrictModel):
     """When a checkpoint is written, and which are kept."""
 
     every_steps: Positive | None = Field(500, description="steps between checkpoints; null: only where one is scored")
+    every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, by the clock of rank 0")
     keep_last: Positive = Field(2, description="newest checkpoints to keep; the best is always kept")
+    background: bool = Field(True, description="the training goes on while a checkpoint is written")
 
 
 class Config(StrictModel):
     """A run: data, both stages, and what is written down about them."""
 
     seed: NotNegative = Field(3315, description="everything random follows from it")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision")
+    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; weights stay float32")
+    deterministic: bool = Field(
+        False, description="a resume repeats every bit on the same number of processes (CPU; on GPUs as far as it can)"
+    )
     data: DataConfig = Field(description="where the data lie (table below)")
     bold: BoldConfig = Field(BoldConfig(), description="scaling of BOLD (table below)")
     include_features: list[str] = Field(min_length=1, description="streams KEY/LAYER that the anchor reads")
@@ -256,11 +264,18 @@ class Config(StrictModel):
     sample_length: Positive = Field(64, description="TRs of a training window")
     num_samples: Positive = Field(2000, description="windows of an epoch")
     batch_size: Positive = Field(16, description="windows of a global batch, whatever the number of processes")
+    gradient_accumulation_steps: Positive = Field(
+        1, description="micro-batches that each process cuts its share of a global batch into, to save memory"
+    )
     stage1: Stage1Config = Field(Stage1Config(), description="the mean anchor")
     stage2: Stage2Config = Field(Stage2Config(), description="the flow")
     train: TrainConfig = Field(TrainConfig(), description="around the stages")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints")
     log_every: Positive = Field(25, description="steps between lines of the log")
+    tracker: Literal["tensorboard", "wandb", "none"] = Field(
+        "tensorboard", description="where the lines of the log go too; wandb needs its own package"
+    )
+    timeout_s: float = Field(600, gt=0, description="seconds without progress after which a process ends the job")
 
     @field_validator("precision", mode="before")
     @classmethod
