@@ -106,8 +106,14 @@ def test_filter_that_fits_nothing_says_what_exists(keys: dict, words: list[str])
         assert word in str(error.value)
 
 
-spans_strategy = st.lists(st.tuples(st.integers(0, 50), st.integers(1, 300)), min_size=1, max_size=12).map(
-    lambda pairs: [Span(i, start, start + length, (True,)) for i, (start, length) in enumerate(pairs)]
+spans_strategy = st.lists(
+    st.tuples(st.integers(0, 50), st.integers(1, 300), st.lists(st.booleans(), min_size=2, max_size=2).map(tuple)),
+    min_size=1,
+    max_size=12,
+).map(
+    lambda drawn: [
+        Span(i, start, start + length, (True, *others)) for i, (start, length, others) in enumerate(drawn)
+    ]
 )
 
 
@@ -157,6 +163,7 @@ def test_any_world_and_accumulation_read_the_same_batch_and_seeking_is_replaying
     assert {len(part) for part in parts} == {size}
     assert [window for part in parts for window in part] == batch
     assert [m for rank in range(world) for m in micro_batches(batch, rank, world, accumulation)] == parts
+    assert plan.terms(step) == sum(len(window) * sum(window.subjects) for part in parts for window in part)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
-from trainer.run.processes import Interrupted, StopRequest, make_accelerator
-from trainer.training.loop import Phase, Training, adamw, learning_rate, should_stop
+from trainer.run.processes import Interrupted, StopRequest, make_processes
+from trainer.run.watchdog import Watchdog
+from trainer.training.loop import Phase, Training, Watch, learning_rate, should_stop
 
 STEPS_PER_EPOCH = 5
+BATCH = 4
 
 
 class Line(nn.Module):
@@ -32,24 +36,26 @@ class Line(nn.Module):
         self.slope = nn.Parameter(torch.zeros(1, 1))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, epoch: int, terms: int) -> Tensor:
         x = torch.sin(batch.windows.float() + epoch)
-        error = (self.slope[0] * x + self.bias - (2 * x + 1)).square()
-        return error.sum(), torch.tensor(error.numel())
+        return (self.slope[0] * x + self.bias - (2 * x + 1)).square().sum() / terms
 
 
-class BreaksInEpoch1(Line):
-    """Its loss is not a number from epoch 1 on."""
+class Breaks(Line):
+    """Its loss is not a number in some epochs."""
 
-    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """The sum of losses, and their number."""
-        total, count = super().forward(batch, epoch)
-        return (total * float("nan") if epoch == 1 else total), count
+    def __init__(self, *epochs: int) -> None:
+        super().__init__()
+        self.epochs = epochs
+
+    def forward(self, batch: Batch, epoch: int, terms: int) -> Tensor:
+        """The loss."""
+        return super().forward(batch, epoch, terms) * (float("nan") if epoch in self.epochs else 1.0)
 
 
 def batches(step: int) -> Iterator[Batch]:
     for k in itertools.count(step):
-        windows = torch.arange(4) + 4 * (k % STEPS_PER_EPOCH)
+        windows = torch.arange(BATCH) + BATCH * (k % STEPS_PER_EPOCH)
         yield Batch([], torch.zeros(0), torch.zeros(0), torch.zeros(0), torch.zeros(0), windows)
 
 
@@ -62,6 +68,7 @@ def a_config(**checkpoints: Any) -> Config:
             "val_set_name": "val",
             "checkpoint": {"every_steps": 4, **checkpoints},
             "log_every": 3,
+            "tracker": "none",
         }
     )
 
@@ -76,6 +83,7 @@ def a_phase(directory: Path, total: int = 20, patience: int | None = None, rs: d
         model=model,
         objective=model,
         batches=batches,
+        terms=lambda step: BATCH,
         steps_per_epoch=STEPS_PER_EPOCH,
         total_steps=total,
         schedule_steps=total,
@@ -96,8 +104,11 @@ def a_phase(directory: Path, total: int = 20, patience: int | None = None, rs: d
     return phase
 
 
-def run(phase: Phase, *, resume: bool = False, **checkpoints: Any) -> int:
-    return Training(phase, make_accelerator("no"), a_config(**checkpoints), resume=resume).run()
+def run(phase: Phase, *, resume: bool = False, config: Config | None = None, **checkpoints: Any) -> int:
+    processes = make_processes(precision="no", deterministic=False, timeout_s=60)
+    with StopRequest() as stop, Watchdog(processes, 60) as watchdog:
+        watch = Watch(stop, None, watchdog)
+        return Training(phase, processes, config or a_config(**checkpoints), watch, resume=resume).run()
 
 
 def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero() -> None:
@@ -140,17 +151,22 @@ def test_a_resume_gives_the_weights_of_an_uninterrupted_training(tmp_path: Path,
         assert torch.equal(parameter, rest.model.state_dict()[name]), name
 
 
-def test_a_signal_leaves_a_checkpoint_of_the_very_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_leaves_a_checkpoint_of_the_very_step(tmp_path: Path) -> None:
     whole = a_phase(tmp_path / "whole")
     run(whole)
     phase = a_phase(tmp_path / "part")
-    monkeypatch.setattr(StopRequest, "requested", property(lambda self: training.step == 7))
-    monkeypatch.setattr(StopRequest, "leave", lambda self, step: (_ for _ in ()).throw(Interrupted(15, step)))
-    training = Training(phase, make_accelerator("no"), a_config(), resume=False)
-    with pytest.raises(Interrupted, match="SIGTERM at step 7"):
-        training.run()
-    assert checkpoint.steps(phase.directory.checkpoints)[-1] == 7
-    monkeypatch.undo()
+    usual = phase.terms
+
+    def terms(step: int) -> int:
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return usual(step)
+
+    phase.terms = terms
+    with pytest.raises(Interrupted, match="SIGUSR1 at step") as caught:
+        run(phase)
+    assert caught.value.step in (8, 9)  # the step in which it came, or the next
+    assert checkpoint.steps(phase.directory.checkpoints)[-1] == caught.value.step
     rest = a_phase(tmp_path / "part")
     run(rest, resume=True)
     assert torch.equal(whole.model.slope, rest.model.slope)
@@ -172,22 +188,70 @@ def test_a_validation_that_the_end_cut_off_is_made_up_for(tmp_path: Path) -> Non
     assert sorted(score["step"] for score in phase.directory.read_scores()) == [10, 15, 20]
 
 
-def test_a_loss_that_is_not_finite_names_step_and_last_checkpoint(tmp_path: Path) -> None:
-    phase = a_phase(tmp_path)
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Path) -> None:
+    phase = a_phase(tmp_path, total=20)
+    phase.model = phase.objective = Breaks(1, 3)
+    assert run(phase) == 20
+    last = phase.directory.read_metrics()[-1]
+    assert last["skipped"] == 2 * STEPS_PER_EPOCH
+    found = checkpoint.load(checkpoint.folder_of(phase.directory.checkpoints, 20))
+    assert (found.meta["updates"], found.meta["skipped"]) == (10, 10)
+    assert all(tensor.isfinite().all() for tensor in found.model.values())
 
-    phase.model = phase.objective = BreaksInEpoch1()
-    with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 6; last checkpoint: step 4"):
-        run(phase)
+
+def test_too_many_of_them_in_a_row_end_the_training_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
+    phase = a_phase(tmp_path, total=100)
+    phase.model = phase.objective = Breaks(*range(1, 20))
+    with pytest.raises(FloatingPointError, match=r"25 steps in a row.* last good checkpoint: .*step_000000\d\d") as error:
+        run(phase, config=a_config(every_steps=4).model_copy(update={"log_every": 1000}))
+    assert "up to step 50" in str(error.value) or "up to step 30" in str(error.value)
 
 
-def test_checkpoints_that_are_good_are_not_replaced_by_others(tmp_path: Path) -> None:
-    phase = a_phase(tmp_path)
+def test_a_resume_goes_on_with_adams_own_count_and_the_number_of_skipped_steps(tmp_path: Path) -> None:
+    whole = a_phase(tmp_path / "whole")
+    whole.model = whole.objective = Breaks(1)
+    run(whole)
+    for total in (9, 20):
+        part = a_phase(tmp_path / "part", total=total)
+        part.schedule_steps = 20
+        part.model = part.objective = Breaks(1)
+        run(part, resume=total == 20)
+    assert torch.equal(whole.model.slope, part.model.slope)
+    assert part.directory.read_metrics()[-1]["skipped"] == STEPS_PER_EPOCH
 
-    phase.model = phase.objective = BreaksInEpoch1()
-    config = a_config(every_steps=2, keep_last=1).model_copy(update={"log_every": 100})
-    with pytest.raises(FloatingPointError, match="at step 6"):
-        Training(phase, make_accelerator("no"), config, resume=False).run()
-    assert checkpoint.steps(phase.directory.checkpoints) == [4]
+
+def test_the_average_of_the_weights_is_what_is_validated_and_resumes(tmp_path: Path) -> None:
+    seen: dict[int, Tensor] = {}
+
+    def averaging(directory: Path, total: int = 20) -> Phase:
+        phase = a_phase(directory, total=total, rs=dict.fromkeys(range(21), 0.1))
+        phase.schedule_steps, phase.ema = 20, 0.5
+        validate = phase.validate
+        assert validate is not None
+
+        def look(step: int) -> float:
+            seen[step] = phase.model.slope.detach().clone()
+            return validate(step)
+
+        phase.validate = look
+        return phase
+
+    whole = averaging(tmp_path / "whole")
+    run(whole)
+    found = checkpoint.load(checkpoint.folder_of(whole.directory.checkpoints, 20))
+    assert torch.equal(seen[20], found.ema["slope"])
+    assert not torch.equal(seen[20], found.model["slope"])
+    assert torch.equal(whole.model.slope, found.model["slope"])  # the training has its own weights back
+    run(averaging(tmp_path / "part", total=7))
+    run(averaging(tmp_path / "part"), resume=True)
+    again = checkpoint.load(checkpoint.folder_of(tmp_path / "part" / "checkpoints", 20))
+    assert torch.equal(again.ema["slope"], found.ema["slope"])
+
+
+def test_checkpoints_come_by_the_clock_too(tmp_path: Path) -> None:
+    phase = a_phase(tmp_path, total=6)
+    run(phase, every_steps=None, every_minutes=1e-9, keep_last=9)
+    assert checkpoint.steps(phase.directory.checkpoints) == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_others_score_does_not_change_what_is_chosen(tmp_path: Path) -> None:
@@ -197,7 +261,10 @@ def test_what_others_score_does_not_change_what_is_chosen(tmp_path: Path) -> Non
     score = {"step": 8, "set": "val", "estimate": "mean", "pearson_r": 0.9}
     write_json(phase.directory.scores / "8.json", score)
     assert checkpoint.best_step(phase.directory.read_scores(), "val") == 10
-    resumed = Training(a_phase(tmp_path, rs=rs), make_accelerator("no"), a_config(), resume=True)
+    phase = a_phase(tmp_path, total=10, rs=rs)
+    processes = make_processes(precision="no", deterministic=False, timeout_s=60)
+    with StopRequest() as stop, Watchdog(processes, 60) as watchdog:
+        resumed = Training(phase, processes, a_config(), Watch(stop, None, watchdog), resume=True)
     assert resumed.history == [(5, 0.1), (10, 0.3)]
 
 
@@ -207,11 +274,3 @@ def test_a_resume_with_other_shards_is_refused(tmp_path: Path) -> None:
     phase.facts = {"shapes": {"n_parcels": 2}}
     with pytest.raises(InputError, match=r"found \{'n_parcels': 1\}, expected \{'n_parcels': 2\}"):
         run(phase, resume=True)
-
-
-def test_biases_and_norms_are_not_decayed() -> None:
-    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    decayed, free = adamw(model, OptimisationConfig(weight_decay=0.3)).param_groups
-    assert [p is model[0].weight for p in decayed["params"]] == [True]
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-    assert len(free["params"]) == 3

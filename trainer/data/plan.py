@@ -159,6 +159,7 @@ class Plan:
         self._starts = np.array([span.start for span in spans], np.int64)
         self._lengths = np.array([len(span) for span in spans], np.int64)
         self._ends = np.cumsum(self._lengths)
+        self._n_subjects = np.array([sum(span.subjects) for span in spans], np.int64)
 
     def batch(self, epoch: int, k: int) -> list[Window]:
         """Global batch k of an epoch."""
@@ -168,6 +169,15 @@ class Plan:
         """What one rank reads for one micro-batch of global step 0, 1, ...; nothing else of the batch is computed."""
         epoch, k = divmod(step, self.steps_per_epoch)
         return self._read(epoch, micro_batches(self._numbers(k), part.rank, part.world, part.accumulation)[part.turn])
+
+    def terms(self, step: int) -> int:
+        """(subject, TR) pairs with BOLD in the whole global batch of a step: what the loss is divided by.
+
+        Every rank knows it without asking the others, so no mean of per-rank means can slip in.
+        """
+        epoch, k = divmod(step, self.steps_per_epoch)
+        span, start, stop = self.windows(epoch, np.asarray(self._numbers(k), np.int64))
+        return int(((stop - start) * self._n_subjects[span]).sum())
 
     def _numbers(self, k: int) -> range:
         """The numbers in their epoch of the windows of global batch k."""

@@ -1,23 +1,24 @@
 """The one loop that both stages share: windows in, AdamW steps out, a score and a checkpoint every so often.
 
-What differs between the stages (model, loss, what is validated) comes as a `Phase`. The position of a training is one
-number, the step: the plan says which windows batch k of epoch e holds, the learning rate is a function of the step,
-early stopping is a function of the score files, and whatever is random is keyed by seed, epoch and window. So a resume
-needs the weights, Adam's moments and the step, and nothing is replayed.
+What differs between the stages (model, loss, what is validated) comes as a `Phase`; what differs between one process,
+DDP and ZeRO is an `Update`. The position of a training is one number, the step: the plan says which windows batch k of
+epoch e holds and what its loss is divided by, the learning rate is a function of the step, early stopping is a function
+of the score files, and whatever is random is keyed by seed, epoch and window. So a resume needs the weights, Adam's
+moments and the step, nothing is replayed, and any number of processes trains the same model.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,20 +26,29 @@ from trainer.config import Config, OptimisationConfig
 from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.run import checkpoint
+from trainer.run.checkpoint import Checkpoint, Writer
 from trainer.run.directory import StageDirectory
-from trainer.run.processes import StopRequest
+from trainer.run.heartbeat import Heartbeat
+from trainer.run.processes import Boundary, Processes, StopRequest
+from trainer.run.watchdog import Watchdog
+from trainer.training.ema import MovingAverage
+from trainer.training.tracking import Tracker
+from trainer.training.update import make_update
+
+MOST_SKIPPED = 25
+"""Steps in a row whose gradient is not finite, after which a training is given up."""
 
 
 @dataclass
 class Phase:
     """One optimisation: a model, what it learns from, and how it is judged.
 
-    `objective(batch, epoch)` gives (sum of losses over the batch, number of terms in the sum); the loss of a step is
-    the sum over all processes divided by the count over all processes. `batches(step)` gives this process's part of the
-    global batches from a step on, without end, through all epochs. `validate(step)` scores the current weights, writes
-    the score file and returns its quality (`checkpoint.quality`). `schedule_steps` is the length of the learning rate's
-    schedule: a refit of fewer steps follows the same one. `keeps_validated` keeps every checkpoint that was validated,
-    not only the best.
+    `objective(batch, epoch, terms)` gives a micro-batch's share of the loss of a step: the sum over what it holds, over
+    the `terms(step)` of the global batch. `batches(step)` gives this process's micro-batches from a step on, without
+    end, through all epochs. `validate(step)` scores the current weights, writes the score file and returns its quality
+    (`checkpoint.quality`); all processes take part. `schedule_steps` is the length of the learning rate's schedule: a
+    refit of fewer steps follows the same one. `keeps_validated` keeps every checkpoint that was validated, not only
+    the best. `ema` is the decay of the averaged weights, which then are what is validated.
     """
 
     title: str
@@ -46,6 +56,7 @@ class Phase:
     model: nn.Module
     objective: nn.Module
     batches: Callable[[int], Iterator[Batch]]
+    terms: Callable[[int], int]
     steps_per_epoch: int
     total_steps: int
     schedule_steps: int
@@ -55,6 +66,22 @@ class Phase:
     validate_every: int = 0
     val_set_name: str = ""
     keeps_validated: bool = False
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while a job trains: the wish to stop, the sign of life, and the guard against standing still."""
+
+    stop: StopRequest
+    heartbeat: Heartbeat | None
+    watchdog: Watchdog
+
+    def at(self, step: int, total: int, title: str) -> None:
+        """Say how far the training is."""
+        self.watchdog.alive(step)
+        if self.heartbeat is not None:
+            self.heartbeat.at(step, total, title)
 
 
 @dataclass
@@ -91,16 +118,27 @@ def should_stop(history: Sequence[tuple[int, float]], patience: int | None) -> b
 
 
 class Training:
-    """A phase under way: its optimizer, its position and its validations so far."""
+    """A phase under way: how it updates its weights, its position and its validations so far."""
 
-    def __init__(self, phase: Phase, accelerator: Accelerator, config: Config, *, resume: bool) -> None:
-        self.phase, self.accelerator, self.config = phase, accelerator, config
-        phase.model.to(accelerator.device)
-        optimizer = adamw(phase.model, phase.optimisation)
-        self.step = restore(phase, optimizer) if resume else 0
-        self.objective, self.optimizer = accelerator.prepare(phase.objective, optimizer)
+    def __init__(self, phase: Phase, processes: Processes, config: Config, watch: Watch, *, resume: bool) -> None:
+        self.phase, self.processes, self.config, self.watch = phase, processes, config, watch
+        phase.model.to(processes.device)
+        self.update = make_update(
+            phase.model,
+            phase.objective,
+            phase.optimisation,
+            processes,
+            precision=config.precision,
+            deterministic=config.deterministic,
+        )
+        self.average = None if phase.ema is None else MovingAverage(phase.model, phase.ema)
+        self.writer = Writer(background=config.checkpoint.background)
+        self.boundary = Boundary(processes)
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=processes.device)  # in all; in a row
+        self.step = self._restore() if resume else 0
         scored = checkpoint.qualities(phase.directory.read_scores(), phase.val_set_name)
         self.history = [(step, value) for step, value in scored.items() if step <= self.step]
+        self.saved_at = time.monotonic()
         self.tally = Tally()
 
     def run(self) -> int:
@@ -108,175 +146,198 @@ class Training:
 
         Raises:
             Interrupted: a signal asked for an end; the checkpoint of the last step is written.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the gradients of many steps in a row are not finite.
+            InputError: a checkpoint that is needed cannot be written.
         """
+        self.watch.at(self.step, self.phase.total_steps, self.phase.title)
         if self._validates_here() and self.step and self.step not in dict(self.history):
             self._validate()  # the last start ended between the checkpoint and its score
-        batches = self._batches()
-        with StopRequest() as stop, self._progress_bar() as bar:
+        with self._progress_bar() as bar, self._tracker() as tracker:
+            batches = self.phase.batches(self.step)
             while not self._is_done():
-                epoch, batch = next(batches)
-                loss, norm = self._learn(batch.to(self.accelerator.device, non_blocking=True), epoch)
-                self.tally.losses.append(loss)
-                self.tally.windows += len(batch.windows) * self.accelerator.num_processes
+                self.boundary.begin(self.watch.stop.signum, self._is_time_to_save())
+                self._learn(batches)
                 bar.update()
+                self.watch.at(self.step, self.phase.total_steps, self.phase.title)
                 if self.step % self.config.log_every == 0 or self.step == self.phase.total_steps:
-                    self._report(norm, bar)
-                self._keep(stop, loss, norm)
+                    self._report(bar, tracker)
+                self._keep()
+        self.writer.wait()
         return self.step
 
     def _is_done(self) -> bool:
         patience = self.phase.optimisation.patience
         return self.step >= self.phase.total_steps or should_stop(self.history, patience)
 
-    def _batches(self) -> Iterator[tuple[int, Batch]]:
-        """(epoch, batch) from the current step on, without end; notes how long each was waited for."""
-        batches = self.phase.batches(self.step)
-        for step in itertools.count(self.step):
-            start = time.perf_counter()
-            batch = next(batches)
-            self.tally.waited += time.perf_counter() - start
-            yield step // self.phase.steps_per_epoch, batch
-
-    def _learn(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """One optimisation step; returns the loss of the global batch and the gradient norm."""
-        optimisation, accelerator = self.phase.optimisation, self.accelerator
-        rate = learning_rate(self.step, self.phase.schedule_steps, optimisation)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.objective.train()
-        with accelerator.autocast():
-            total, count = self.objective(batch, epoch)
-        count = accelerator.reduce(count, reduction="sum").clamp(min=1)
-        # DDP averages gradients over ranks, and the loss is a mean over the terms of all ranks.
-        accelerator.backward(total * (accelerator.num_processes / count))
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), optimisation.clip_grad_norm or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _learn(self, batches: Iterator[Batch]) -> None:
+        """One optimisation step, of as many micro-batches as the configuration says."""
+        phase, processes = self.phase, self.processes
+        epoch, terms = self.step // phase.steps_per_epoch, phase.terms(self.step)
+        rate = learning_rate(self.step, phase.schedule_steps, phase.optimisation)
+        turns = self.config.gradient_accumulation_steps
+        self.update.objective.train()
+        share = torch.zeros((), device=processes.device)
+        for turn in range(turns):
+            batch = self._next(batches)
+            with self.update.micro_batch(last=turn == turns - 1):
+                loss = self.update.objective(batch, epoch, terms)
+                self.update.backward(loss)
+            share += loss.detach()
+        taken = self.update.step(rate)
         self.step += 1
-        return accelerator.reduce(total.detach(), reduction="sum") / count, norm
+        if self.average is not None:
+            self.average.update(self.step)
+        self.norm, self.rate = taken.norm, rate
+        self.skipped = torch.stack((self.skipped[0] + taken.skipped, (self.skipped[1] + 1) * taken.skipped))
+        self.tally.losses.append(share)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch, on the device; notes how long it was waited for."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.tally.waited += time.perf_counter() - start
+        self.tally.windows += len(batch.windows) * self.processes.world
+        return batch.to(self.processes.device, non_blocking=True)
 
     def _validates_here(self) -> bool:
         ends = self.step == self.phase.total_steps
         return self.phase.validate is not None and (ends or self.step % self.phase.validate_every == 0)
 
-    def _keep(self, stop: StopRequest, loss: Tensor, norm: Tensor) -> None:
-        """Write a checkpoint and validate where this step asks for it; leave where a signal asked for that.
+    def _is_time_to_save(self) -> bool:
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and self.processes.is_main and time.monotonic() - self.saved_at >= 60 * minutes
 
-        Raises:
-            FloatingPointError: loss or gradient is not finite; nothing is written over the good checkpoints.
-        """
+    def _keep(self) -> None:
+        """Write a checkpoint and validate where this step asks for it; leave where a signal asked for that."""
         every = self.config.checkpoint.every_steps
-        ends = self.step == self.phase.total_steps
-        if not (self._validates_here() or stop.requested or ends or (every and self.step % every == 0)):
-            return
-        self._check_finite(float(loss), float(norm))
-        if self.accelerator.is_main_process:
-            moments = adam_moments(self.phase.model, self.optimizer)
-            content = checkpoint.Checkpoint(self.phase.model.state_dict(), moments, self.phase.facts)
-            checkpoint.save(self.phase.directory.checkpoints, self.step, content)
-        self.accelerator.wait_for_everyone()
-        if stop.requested:
-            stop.leave(self.step)
-        if self._validates_here():
+        agreed = self.boundary.agreed()
+        validates, ends = self._validates_here(), self.step == self.phase.total_steps
+        needed = validates or ends or bool(agreed.signum)
+        if self.step % min(self.config.log_every, MOST_SKIPPED) == 0 or needed:
+            self._check_finite()
+        if needed or agreed.save or (every and self.step % every == 0):
+            self._save(needed=needed)
+        if agreed.signum:
+            self.writer.wait()
+            self.watch.stop.leave(self.step, agreed.signum)
+        if validates:
             self._validate()
-        if self.accelerator.is_main_process:
+            self.writer.wait()
+            self._prune()
+
+    def _save(self, *, needed: bool) -> None:
+        """Copy what a resume needs on all processes, and let the main one write it while the training goes on."""
+        content = self.update.snapshot()
+        self.saved_at = time.monotonic()
+        if content is None:
+            return
+        self.writer.wait()
+        self._prune()
+        meta = {**self.phase.facts, **content.meta, "skipped": int(self.skipped[0])}
+        averages = {} if self.average is None else self.average.snapshot()
+        whole = Checkpoint(content.model, content.moments, meta, averages)
+        self.writer.write(self.phase.directory.checkpoints, self.step, whole, needed=needed)
+
+    def _prune(self) -> None:
+        if self.processes.is_main:
             best = checkpoint.best_step(self.phase.directory.read_scores(), self.phase.val_set_name)
             kept = [step for step, _ in self.history] if self.phase.keeps_validated else [best]
             checkpoint.prune(self.phase.directory.checkpoints, keep_last=self.config.checkpoint.keep_last, keep=kept)
 
     def _validate(self) -> None:
         assert self.phase.validate is not None
-        self.history.append((self.step, self.phase.validate(self.step)))
+        with nullcontext() if self.average is None else self.average.in_place():
+            self.history.append((self.step, self.phase.validate(self.step)))
         self.tally.reset()  # the time of a validation is no part of the training's speed
 
-    def _report(self, norm: Tensor, bar: Any) -> None:
-        """Log what happened since the last line. Raises FloatingPointError as `_keep` does."""
+    def _report(self, bar: Any, tracker: Tracker) -> None:
+        """Log what happened since the last line, on the main process."""
         phase, tally = self.phase, self.tally
-        loss = torch.stack(tally.losses).mean().item()
-        self._check_finite(loss, float(norm))
-        if self.accelerator.is_main_process:
+        loss = self.processes.sum(torch.stack(tally.losses).double().mean()).item()
+        if self.processes.is_main:
             seconds = time.perf_counter() - tally.since
             line = {
                 "epoch": self.step / phase.steps_per_epoch,
-                "loss": loss,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "grad_norm": float(norm),
+                "loss": loss if math.isfinite(loss) else None,
+                "lr": self.rate,
+                "grad_norm": float(self.norm) if math.isfinite(self.norm) else None,
                 "windows_per_s": tally.windows / seconds,
                 "waiting": tally.waited / seconds,
+                "memory_gb": _memory_gb(self.processes.device),
+                "skipped": int(self.skipped[0]),
             }
             phase.directory.append_metrics(kind="train", step=self.step, **line)
-            phase.directory.beat(self.step)
+            tracker.log(self.step, **line)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if bar.disable:
-                print(
-                    f"{phase.title} step {self.step}/{phase.total_steps} epoch {line['epoch']:.2f} loss {loss:.4f} "
-                    f"{line['windows_per_s']:.0f} windows/s, {line['waiting']:.0%} of it waiting for data",
-                    flush=True,
-                )
+                print(_status_line(phase, self.step, loss, float(self.norm), line), flush=True)
         tally.reset()
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError after too many steps in a row without a finite gradient, on every process."""
+        row = int(self.skipped[1])
+        if row >= min(MOST_SKIPPED, self.phase.total_steps):
             known = checkpoint.steps(self.phase.directory.checkpoints)
-            last = f"step {known[-1]}" if known else "none"
+            last = checkpoint.folder_of(self.phase.directory.checkpoints, known[-1]) if known else "none"
             raise FloatingPointError(
-                f"{self.phase.title}: loss {loss}, gradient norm {norm} at step {self.step}; last checkpoint: {last}"
+                f"{self.phase.title}: the gradients of {row} steps in a row, up to step {self.step}, were not finite, "
+                f"and the steps were skipped; last good checkpoint: {last}"
             )
+
+    def _restore(self) -> int:
+        """Load the newest whole checkpoint, the same one on every process; returns its step, 0 without one.
+
+        Raises:
+            InputError: the checkpoint belongs to other streams, subjects or parcels.
+        """
+        checkpoints = self.phase.directory.checkpoints
+        step = self.processes.first(lambda: _newest_step(checkpoints))
+        if step is None:
+            return 0
+        found = checkpoint.load(checkpoint.folder_of(checkpoints, step))
+        for key, value in self.phase.facts.items():
+            if found.meta.get(key) != value:
+                raise InputError(
+                    checkpoints,
+                    f"{key} of the checkpoint",
+                    found=found.meta.get(key),
+                    expected=value,
+                    fix="Resume with the shards that the training started with.",
+                )
+        self.update.restore(found)
+        self.skipped[0] = int(found.meta["skipped"])
+        if self.average is not None:
+            self.average.restore(found.ema)
+        return step
 
     def _progress_bar(self) -> Any:
         """A bar on a terminal of the main process; elsewhere it is disabled and lines are printed."""
-        visible = self.accelerator.is_main_process and sys.stderr.isatty()
+        visible = self.processes.is_main and sys.stderr.isatty()
         total, title = self.phase.total_steps, self.phase.title
         return tqdm(total=total, initial=self.step, desc=title, unit="step", disable=not visible)
 
-
-def adamw(model: nn.Module, optimisation: OptimisationConfig) -> torch.optim.AdamW:
-    """AdamW that decays weights, but neither biases nor the scales of norms."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim < 2 or name.endswith("bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optimisation.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=optimisation.lr)
+    def _tracker(self) -> Tracker:
+        kind = self.config.tracker if self.processes.is_main else "none"
+        facts = self.config.model_dump(mode="json")
+        return Tracker(kind, self.phase.directory, self.phase.title, facts, self.step)
 
 
-def adam_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Adam's moments by parameter name: `exp_avg.<name>` and `exp_avg_sq.<name>`."""
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        if parameter in optimizer.state
-        for moment in ("exp_avg", "exp_avg_sq")
-    }
+def _newest_step(checkpoints: Any) -> int | None:
+    found = checkpoint.newest_whole(checkpoints, lambda line: print(line, file=sys.stderr))
+    return None if found is None else int(found.meta["step"])
 
 
-def restore(phase: Phase, optimizer: torch.optim.AdamW) -> int:
-    """Load the newest whole checkpoint into model and optimizer; returns its step, 0 without one.
+def _status_line(phase: Phase, step: int, loss: float, norm: float, line: dict[str, Any]) -> str:
+    skipped = f", {line['skipped']} steps skipped (gradient not finite)" if line["skipped"] else ""
+    return (
+        f"{phase.title} step {step}/{phase.total_steps} epoch {line['epoch']:.2f} loss {loss:.4f} "
+        f"lr {line['lr']:.2g} grad norm {norm:.3g} {line['windows_per_s']:.0f} windows/s, "
+        f"{line['waiting']:.0%} of it waiting for data, {line['memory_gb']:.1f} GB{skipped}"
+    )
 
-    Raises:
-        InputError: the checkpoint belongs to other streams, subjects or parcels.
-    """
-    found = checkpoint.newest_whole(phase.directory.checkpoints, lambda line: print(line, file=sys.stderr))
-    if found is None:
-        return 0
-    for key, value in phase.facts.items():
-        if found.meta.get(key) != value:
-            raise InputError(
-                phase.directory.checkpoints,
-                f"{key} of the checkpoint",
-                found=found.meta.get(key),
-                expected=value,
-                fix="Resume with the shards that the training started with.",
-            )
-    phase.model.load_state_dict(found.model)
-    step = int(found.meta["step"])
-    for name, parameter in phase.model.named_parameters():
-        if f"exp_avg.{name}" in found.moments:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": found.moments[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": found.moments[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
-    return step
+
+def _memory_gb(device: torch.device) -> float:
+    """Most memory that this process has held so far: of the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

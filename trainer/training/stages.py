@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.config import Config, OptimisationConfig, differing_keys, load_config
 from trainer.data.batches import Batch
 from trainer.data.loader import Reading, training_batches
-from trainer.data.plan import Part, Plan, Span
+from trainer.data.plan import Part, Plan, Span, micro_batches
 from trainer.data.statistics import feature_statistics
 from trainer.data.study import Study
 from trainer.errors import InputError
@@ -31,7 +31,9 @@ from trainer.models.randomness import keyed, make_keys
 from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
-from trainer.run.processes import make_accelerator
+from trainer.run.heartbeat import Heartbeat
+from trainer.run.processes import Processes, StopRequest, make_processes
+from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import (
     AnchorPredictor,
     FlowPredictor,
@@ -40,9 +42,10 @@ from trainer.scoring.predictor import (
     load_anchor,
     shapes_of,
 )
-from trainer.scoring.score import lines, printed, score_checkpoint, score_set, write_scores
+from trainer.scoring.score import SetScores, lines, printed, score_checkpoint, score_set, write_scores
 from trainer.training import crossfit
-from trainer.training.loop import Phase, Training
+from trainer.training.loop import Phase, Training, Watch
+from trainer.training.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,14 @@ class Job:
     config: Config
     study: Study
     run: RunDirectory
-    accelerator: Accelerator
+    processes: Processes
+    stop: StopRequest
+    watchdog: Watchdog
     resume: bool
 
     def say(self, line: str) -> None:
         """Print on the main process."""
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             say(line)
 
 
@@ -68,6 +73,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         InputError: configuration and shards do not fit, or the run directory is taken.
         Interrupted: a signal ended the training after a checkpoint.
     """
+    check_tracker(config.tracker)
     study = Study(config)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
@@ -75,22 +81,46 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     run = RunDirectory(path)
     if 1 not in stages:
         _check_stage1(config, run)
-    accelerator = make_accelerator(config.precision)
-    if accelerator.is_main_process:
-        run.claim(stages, resume=resume, overwrite=overwrite)
-        if resume:
-            _check_same_config(config, run, stages)
-    accelerator.wait_for_everyone()
-    job = Job(config, study, run, accelerator, resume)
-    job.say(study.reside(accelerator.device))
-    for number in stages:
-        (train_stage1 if number == 1 else train_stage2)(job)
-    return run if accelerator.is_main_process else None
+    processes = make_processes(
+        precision=config.precision, deterministic=config.deterministic, timeout_s=config.timeout_s
+    )
+    micro_batches(range(config.batch_size), processes.rank, processes.world, config.gradient_accumulation_steps)
+    processes.first(lambda: _claim(config, run, stages, resume=resume, overwrite=overwrite))
+    if processes.is_main:
+        say(study.reside(processes.device))
+    else:
+        study.reside(processes.device)
+    with StopRequest() as stop, Watchdog(processes, config.timeout_s) as watchdog:
+        job = Job(config, study, run, processes, stop, watchdog, resume)
+        for number in stages:
+            _train_stage(job, number)
+    return run if processes.is_main else None
+
+
+def _claim(config: Config, run: RunDirectory, stages: Sequence[int], *, resume: bool, overwrite: bool) -> None:
+    run.claim(stages, resume=resume, overwrite=overwrite)
+    if resume:
+        _check_same_config(config, run, stages)
+
+
+def _train_stage(job: Job, number: int) -> None:
+    """Start a stage, unless it is finished: say so in the run directory, train, and say how it ended."""
+    directory, processes = job.run.stage(number), job.processes
+    if processes.first(lambda: job.resume and directory.finished() is not None):
+        job.say(f"Stage {number} is finished: {directory.path}")
+        return
+    facts = {"world": processes.world, "launcher": processes.launcher}
+    start = processes.first(lambda: directory.begin(job.config.to_yaml(), **facts))
+    with Heartbeat(directory.path, start) if processes.is_main else nullcontext() as heartbeat:
+        watch = Watch(job.stop, heartbeat, job.watchdog)
+        (train_stage1 if number == 1 else train_stage2)(job, directory, watch)
 
 
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
 _HOW_DATA_ARE_READ = tuple(f"data.{key}" for key in ("num_workers", "prefetch", "residence", "verify", "cache_"))
-_MAY_CHANGE = ("precision", *_HOW_DATA_ARE_READ, "checkpoint.", "log_every", "stage1.max_steps", "stage2.max_steps")
+_HOW_PROCESSES_SHARE = ("precision", "gradient_accumulation_steps", "deterministic", "timeout_s")
+_HOW_LONG = ("checkpoint.", "log_every", "tracker", "stage1.max_steps", "stage2.max_steps")
+_MAY_CHANGE = (*_HOW_DATA_ARE_READ, *_HOW_PROCESSES_SHARE, *_HOW_LONG)
 
 
 def _check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) -> None:
@@ -138,12 +168,11 @@ class AnchorObjective(nn.Module):
         super().__init__()
         self.anchor, self.seed = anchor, seed
 
-    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """(sum over valid TRs of the mean squared error over parcels, number of valid (subject, TR) pairs)."""
+    def forward(self, batch: Batch, epoch: int, terms: int) -> Tensor:
+        """The batch's share of the mean squared error over the `terms` (subject, TR) pairs of the global batch."""
         with keyed(make_keys(self.seed, epoch, batch.windows)):
             prediction = self.anchor(batch.features, batch.mask)
-        valid = batch.loss_mask[:, None, :] & batch.subject_mask[:, :, None]
-        return anchor_loss(prediction, batch.bold, batch.loss_mask, batch.subject_mask, count=1), valid.sum()
+        return anchor_loss(prediction, batch.bold, batch.loss_mask, batch.subject_mask, count=terms)
 
 
 class FlowObjective(nn.Module):
@@ -153,58 +182,41 @@ class FlowObjective(nn.Module):
         super().__init__()
         self.flow, self.seed = flow, seed
 
-    def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
-        """(sum over valid TRs of the mean loss over latent dimensions, number of valid (subject, TR) pairs)."""
+    def forward(self, batch: Batch, epoch: int, terms: int) -> Tensor:
+        """The batch's share of the mean loss over the `terms` (subject, TR) pairs of the global batch."""
         assert batch.anchor is not None
         items = Items(batch, self.seed, epoch)
         bold, anchor = items.take(batch.bold), items.take(batch.anchor)
-        loss = self.flow.loss(bold, anchor, items.mask, items.subject, items.keys, count=1)
-        return loss, items.mask.sum()
+        return self.flow.loss(bold, anchor, items.mask, items.subject, items.keys, count=terms)
 
 
-def train_stage1(job: Job) -> None:
+def train_stage1(job: Job, directory: StageDirectory, watch: Watch) -> None:
     """Train, score and, where asked, refit the anchor."""
-    directory = job.run.stage(1)
-    if directory.finished() and job.resume:
-        job.say(f"Stage 1 is finished: {directory.path}")
-        return
-    if job.accelerator.is_main_process:
-        directory.record_start(job.config.to_yaml(), world=job.accelerator.num_processes)
     spans = job.study.training_spans(refit=False)
-    chosen = _fit_and_choose(job, anchor_phase(job, directory, spans, "Stage 1", validates=True))
+    chosen = _fit_and_choose(job, anchor_phase(job, directory, spans, "Stage 1", validates=True), watch)
     _score_chosen(job, directory, 1, chosen, refit=False)
     if job.config.train.refit:
         spans = job.study.training_spans(refit=True)
         phase = anchor_phase(job, directory.refit, spans, "Stage 1 refit", steps=chosen)
-        Training(phase, job.accelerator, job.config, resume=job.resume).run()
+        _fit(job, phase, watch)
         _score_chosen(job, directory.refit, 1, chosen, refit=True)
-    if job.accelerator.is_main_process:
+    if job.processes.is_main:
         directory.write_finished(step=chosen)
 
 
-def train_stage2(job: Job) -> None:
-    """Train, score and, where asked, refit the flow around the anchor that stage 1 chose.
-
-    Raises:
-        InputError: stage 1 of the run is not finished.
-    """
-    directory = job.run.stage(2)
-    if directory.finished() and job.resume:
-        job.say(f"Stage 2 is finished: {directory.path}")
-        return
+def train_stage2(job: Job, directory: StageDirectory, watch: Watch) -> None:
+    """Train, score and, where asked, refit the flow around the anchor that stage 1 chose."""
     finished = job.run.stage(1).finished()
     assert finished is not None, "stage 1 is trained or checked before"
-    if job.accelerator.is_main_process:
-        directory.record_start(job.config.to_yaml(), world=job.accelerator.num_processes)
     step = int(finished["step"])
-    phase = flow_phase(job, directory, job.run.stage(1), step, refit=False)
-    chosen = _fit_and_choose(job, phase)
+    phase = flow_phase(job, directory, job.run.stage(1), step, watch, refit=False)
+    chosen = _fit_and_choose(job, phase, watch)
     _score_chosen(job, directory, 2, chosen, refit=False)
     if job.config.train.refit:
-        phase = flow_phase(job, directory.refit, job.run.stage(1).refit, step, refit=True, steps=chosen)
-        Training(phase, job.accelerator, job.config, resume=job.resume).run()
+        phase = flow_phase(job, directory.refit, job.run.stage(1).refit, step, watch, refit=True, steps=chosen)
+        _fit(job, phase, watch)
         _score_chosen(job, directory.refit, 2, chosen, refit=True)
-    if job.accelerator.is_main_process:
+    if job.processes.is_main:
         directory.write_finished(step=chosen)
 
 
@@ -232,24 +244,30 @@ def anchor_phase(
 
 
 def flow_phase(
-    job: Job, directory: StageDirectory, stage1: StageDirectory, step: int, *, refit: bool, steps: int | None = None
+    job: Job,
+    directory: StageDirectory,
+    stage1: StageDirectory,
+    step: int,
+    watch: Watch,
+    *,
+    refit: bool,
+    steps: int | None = None,
 ) -> Phase:
     """The phase that trains the flow around the anchor of `stage1` at `step`."""
-    config, device = job.config, job.accelerator.device
+    config, device = job.config, job.processes.device
     spans = job.study.training_spans(refit=refit)
-    if not (directory.anchor / "meta.json").exists() and job.accelerator.is_main_process:
-        checkpoint.copy_weights(checkpoint.folder_of(stage1.checkpoints, step), directory.anchor)
-    job.accelerator.wait_for_everyone()
+    job.processes.first(lambda: _copy_anchor(checkpoint.folder_of(stage1.checkpoints, step), directory.anchor))
     anchor = load_anchor(directory.anchor, job.study, device)
-    predictions = _unseen_predictions(job, directory, anchor, spans, step)
+    predictions = _unseen_predictions(job, directory, anchor, spans, step, watch)
 
     torch.manual_seed(config.seed)
     flow = build_flow(config.stage2, shapes_of(job.study)).to(device)
-    if checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None:
-        crossfit.fit_latent(flow, job.study, spans, predictions)
+    if job.processes.first(lambda: checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None):
+        crossfit.fit_latent(flow, job.study, spans, predictions, job.processes)
     title = "Stage 2 refit" if refit else "Stage 2"
     objective = FlowObjective(flow, config.seed)
     phase = _phase(job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, anchor=predictions)
+    phase.ema = config.stage2.ema
     if not refit:
         phase.validate_every = phase.steps_per_epoch * config.stage2.snapshot_every_epochs
         phase.keeps_validated = True
@@ -257,14 +275,20 @@ def flow_phase(
     return phase
 
 
+def _copy_anchor(source: Path, target: Path) -> None:
+    """Once and for all: a stage 2 that goes on keeps the anchor that it started with."""
+    if not (target / "meta.json").exists():
+        checkpoint.copy_weights(source, target)
+
+
 def _unseen_predictions(
-    job: Job, directory: StageDirectory, anchor: Anchor, spans: Sequence[Span], steps: int
+    job: Job, directory: StageDirectory, anchor: Anchor, spans: Sequence[Span], steps: int, watch: Watch
 ) -> crossfit.Predictions:
     """What anchors that have not seen them predict for the training TRs; with cross_fit 0, what the anchor does."""
     k = job.config.stage2.cross_fit
     predictions = crossfit.Predictions(directory.anchor / "predictions", job.study)
     if not k:
-        predictions.write([(anchor, spans)], job.accelerator)
+        predictions.write([(anchor, spans)], job.processes)
         return predictions
     held_out = crossfit.folds(spans, job.study.manifest, k)
     parts = []
@@ -272,10 +296,10 @@ def _unseen_predictions(
         fold_directory = StageDirectory(directory.anchor / f"fold_{fold}")
         seen = crossfit.without(spans, hidden)
         phase = anchor_phase(job, fold_directory, seen, f"Fold {fold} of {k}", steps=steps, seed=job.config.seed + fold)
-        Training(phase, job.accelerator, job.config, resume=True).run()
+        Training(phase, job.processes, job.config, watch, resume=True).run()
         assert isinstance(phase.model, Anchor)
         parts.append((phase.model, hidden))
-    predictions.write(parts, job.accelerator)
+    predictions.write(parts, job.processes)
     return predictions
 
 
@@ -292,7 +316,7 @@ def _phase(
     *,
     anchor: crossfit.Predictions | None = None,
 ) -> Phase:
-    study, accelerator, data = job.study, job.accelerator, job.config.data
+    study, processes, data = job.study, job.processes, job.config.data
     plan: Plan = study.plan(spans, seed)
     planned = plan.steps_per_epoch * optimisation.epochs
     planned = min(planned, optimisation.max_steps or planned)
@@ -301,11 +325,11 @@ def _phase(
         study.scaling,
         context=data.context_trs if anchor is None else 0,
         anchor=anchor,
-        part=Part(accelerator.process_index, accelerator.num_processes),
+        part=Part(processes.rank, processes.world, job.config.gradient_accumulation_steps),
     )
 
     def batches(step: int) -> Iterator[Batch]:
-        pin = accelerator.device.type == "cuda"
+        pin = processes.device.type == "cuda"
         return training_batches(
             study.source, plan, reading, start=step, num_workers=data.num_workers, prefetch=data.prefetch, pin=pin
         )
@@ -316,6 +340,7 @@ def _phase(
         model=model,
         objective=objective,
         batches=batches,
+        terms=plan.terms,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=planned if steps is None else steps,
         schedule_steps=planned,
@@ -333,30 +358,36 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
     """Let the phase score its validation set, in its own loop, with the weights as they are."""
 
     def validate(step: int) -> float:
-        scores = score_set(predictor, job.study, phase.val_set_name, job.accelerator.device)
-        epoch = step // phase.steps_per_epoch
-        facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
-        written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
-        logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
-        if flow is not None:
-            logged["latent_std"] = _latent_range(job, flow, phase)
-        phase.directory.append_metrics(kind="val", step=step, **logged)
-        if stage == 2:
-            job.say("\n".join(lines(written)))
-        else:
-            job.say(
-                f"{phase.title} step {step} epoch {epoch} r on {phase.val_set_name} {printed(written['pearson_r'])}"
-            )
-        value = checkpoint.quality(written)
+        scores = score_set(predictor, job.study, phase.val_set_name, job.processes)
+        latent_std = None if flow is None else _latent_range(job, flow, phase)
+        value = job.processes.first(lambda: _write_validation(job, phase, stage, step, scores, latent_std))
         return -math.inf if value is None else value
 
     phase.validate = validate
 
 
+def _write_validation(
+    job: Job, phase: Phase, stage: int, step: int, scores: SetScores, latent_std: list[float] | None
+) -> float | None:
+    """Write and print a validation; returns its quality, None where it is not a number."""
+    epoch = step // phase.steps_per_epoch
+    facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
+    written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
+    logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
+    if latent_std is not None:
+        logged["latent_std"] = latent_std
+    phase.directory.append_metrics(kind="val", step=step, **logged)
+    if stage == 2:
+        job.say("\n".join(lines(written)))
+    else:
+        job.say(f"{phase.title} step {step} epoch {epoch} r on {phase.val_set_name} {printed(written['pearson_r'])}")
+    return checkpoint.quality(written)
+
+
 def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
     """Least and largest standard deviation of the latents of the training BOLD; warns where they leave [0.5, 2]."""
-    low, high = crossfit.latent_range(flow, job.study, job.study.spans["train"])
-    if low < 0.5 or high > 2.0:
+    low, high = crossfit.latent_range(flow, job.study, job.study.spans["train"], job.processes)
+    if job.processes.is_main and (low < 0.5 or high > 2.0):
         print(
             f"warning: {phase.title}: standard deviations of the latents lie between {low:.2f} and {high:.2f}, "
             "expected within 0.5 and 2: the projection collapses (stage2.projection: pca does not)",
@@ -365,10 +396,15 @@ def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
     return [low, high]
 
 
-def _fit_and_choose(job: Job, phase: Phase) -> int:
+def _fit(job: Job, phase: Phase, watch: Watch) -> None:
+    Training(phase, job.processes, job.config, watch, resume=job.resume).run()
+
+
+def _fit_and_choose(job: Job, phase: Phase, watch: Watch) -> int:
     """Train a phase and return the step that the validation set chooses."""
-    Training(phase, job.accelerator, job.config, resume=job.resume).run()
-    chosen = checkpoint.best_step(phase.directory.read_scores(), phase.val_set_name)
+    _fit(job, phase, watch)
+    scored = phase.directory.read_scores
+    chosen: int | None = job.processes.first(lambda: checkpoint.best_step(scored(), phase.val_set_name))
     if chosen is None:
         raise FloatingPointError(f"{phase.title}: r on {phase.val_set_name} is not a number at any step")
     return chosen
@@ -376,6 +412,5 @@ def _fit_and_choose(job: Job, phase: Phase) -> int:
 
 def _score_chosen(job: Job, directory: StageDirectory, stage: int, step: int, *, refit: bool) -> None:
     """Score one checkpoint on every set that it was not trained on."""
-    if job.accelerator.is_main_process:
-        sets = job.study.scored_sets(refit=refit)
-        score_checkpoint(directory, stage, step, job.study, sets, job.accelerator.device, job.say)
+    sets = job.study.scored_sets(refit=refit)
+    score_checkpoint(directory, stage, step, job.study, sets, job.processes, job.say)

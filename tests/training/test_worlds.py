@@ -1,0 +1,116 @@
+"""One process or several, DDP or ZeRO, whole or in micro-batches: the same losses, step by step, and across resumes.
+
+Dropout is on in both stages, and the tiny data lack runs of single subjects, so the ranks hold unequal numbers of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainings import run as run_here
+from trainer.run import checkpoint
+from trainer.run.directory import RunDirectory, StageDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 50
+OPTIONS = [
+    "log_every=1", "batch_size=8", "num_samples=80", "checkpoint.every_steps=null", "tracker=none", "deterministic=true",
+    f"stage1.max_steps={STEPS}", "stage1.epochs=100", "stage1.model.hidden_model=transformer",
+    "stage1.model.transformer={num_heads: 2, depth: 1}", "stage1.model.dropout=0.2", "stage1.clip_grad_norm=0.05",
+    f"stage2.max_steps={STEPS}", "stage2.epochs=100", "stage2.decoder.dropout=0.2", "stage2.cross_fit=0",
+    "stage2.snapshot_every_epochs=100", "stage2.ema=0.9",
+]  # fmt: skip
+HALF = ["stage1.max_steps=25", "--stage", "1"]
+
+
+def losses(stage: StageDirectory) -> list[float]:
+    lines = [line for line in stage.read_metrics() if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def agree(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """A folder with all runs: one process is this one, two are one launch."""
+    folder = tmp_path_factory.mktemp("worlds")
+
+    def a_training(name: str, *more: str, zero: int | None = None) -> list[object]:
+        config = str(ROOT / "configs" / "debug.yaml")
+        arguments = ["train", "--config", config, "--run", str(folder / name), f"data.shards={tiny_shards}"]
+        return [zero, [*arguments, *OPTIONS, *more]]
+
+    in_two = "gradient_accumulation_steps=2"
+    alone = [a_training("one"), a_training("one_in_two", in_two)]
+    alone += [a_training(name, *HALF) for name in ("one_to_zero2", "one_to_ddp")]
+    (folder / "alone.json").write_text(json.dumps(alone))
+    assert run_here(folder / "alone.json") == 0
+
+    pairs = [
+        a_training("ddp"),
+        a_training("ddp_in_two", in_two),
+        a_training("one_to_ddp", "--stage", "1", "--resume"),
+        a_training("zero1", zero=1),
+        a_training("zero2", zero=2),
+        a_training("zero2_in_two", in_two, zero=2),
+        a_training("zero2_to_ddp", *HALF, zero=2),
+        a_training("one_to_zero2", "--stage", "1", "--resume", zero=2),
+        a_training("zero2_to_ddp", "--stage", "1", "--resume"),
+    ]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ["tests.trainings", str(folder / "pairs.json")]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["one_in_two", "ddp", "ddp_in_two", "zero1", "zero2", "zero2_in_two"])
+def test_losses_scores_and_weights_do_not_depend_on_who_computes(runs: Path, other: str) -> None:
+    worlds = {"one": 1, "one_in_two": 1}
+    for number in (1, 2):
+        one, two = (RunDirectory(runs / name).stage(number) for name in ("one", other))
+        start = json.loads((two.path / "starts" / "1.json").read_text())
+        assert start["world"] == worlds.get(other, 2)
+        assert len(losses(one)) == STEPS
+        assert agree(losses(one), losses(two)), (number, losses(one), losses(two))
+        r = [[s["pearson_r"] for s in stage.read_scores()] for stage in (one, two)]
+        assert r[0] == pytest.approx(r[1], abs=1e-4)
+        folders = [checkpoint.folder_of(stage.checkpoints, STEPS) for stage in (one, two)]
+        first, second = (checkpoint.load(folder) for folder in folders)
+        assert first.model.keys() == second.model.keys() and first.moments.keys() == second.moments.keys()
+        assert bool(first.ema) == bool(second.ema) == (number == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_to_zero2", "one_to_ddp", "zero2_to_ddp"])
+def test_a_run_goes_on_on_another_number_of_processes_and_under_another_launcher(runs: Path, name: str) -> None:
+    whole, resumed = (RunDirectory(runs / folder).stage(1) for folder in ("one", name))
+    assert len(list((resumed.path / "starts").iterdir())) == 2
+    assert agree(losses(whole), losses(resumed))
+
+
+@pytest.mark.slow
+def test_two_ranks_write_each_line_and_score_once(runs: Path) -> None:
+    for name in ("ddp", "zero2"):
+        stage = RunDirectory(runs / name).stage(1)
+        lines = [json.loads(line) for line in stage.metrics.read_text().splitlines()]
+        keys = [(line["kind"], line["step"]) for line in lines]
+        assert len(keys) == len(set(keys)) > STEPS
+        weights = checkpoint.load(checkpoint.folder_of(stage.checkpoints, STEPS)).model
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())

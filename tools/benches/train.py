@@ -1,0 +1,167 @@
+"""Many processes: what kills cost (nothing), how two processes scale, what checkpoints cost, what ZeRO-2 saves.
+
+The kills run the tiny data, since they are about order; the speeds are those of stage 1 at the published widths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from tools.benches import ROOT, Row, below, in_turns
+from tools.benches.data import WIDTHS, make_data
+from tools.make_shards import main as make_shards
+from tools.make_synthetic import main as make_synthetic
+from trainer.run import checkpoint
+from trainer.run.directory import StageDirectory
+
+STEPS = 200
+KILLS = {1: 20, 2: 5}
+PATIENCE_S = 300.0
+LARGE = ["stage1.model.embed_dim=768", "stage1.model.transformer={depth: 8, num_heads: 12}"]
+"""configs/large.yaml cut down to 71 M parameters, so that two ranks fit on a workstation."""
+
+
+def measure(scratch: Path) -> list[Row]:
+    """All rows; about 4 GB of scratch and 10 minutes on two cores."""
+    return [*kill_rows(scratch), *speed_rows(scratch), *state_rows(scratch)]
+
+
+def kill_rows(scratch: Path) -> list[Row]:
+    """SIGKILL at random moments of a run of 200 steps: resumes must end at the weights of an uninterrupted run."""
+    source, shards = scratch / "tiny", scratch / "tiny_shards"
+    assert make_synthetic(["--tiny", "--out", str(source)]) == 0
+    layout = str(ROOT / "configs/datasets/algonauts2025.yaml")
+    streams = ["llama_3.2_3b/layers.11", "whisper/layers.12"]
+    arguments = ["--layout", layout, "--root", str(source), "--out", str(shards), "--features", *streams]
+    assert make_shards(arguments) == 0
+    rows = []
+    for world, kills in KILLS.items():
+        options = [
+            f"data.shards={shards}", "deterministic=true", "log_every=1", f"stage1.max_steps={STEPS}",
+            "stage1.epochs=100", "checkpoint.every_steps=3", "stage1.model.hidden_model=transformer",
+            "stage1.model.transformer={num_heads: 2, depth: 1}", "stage1.model.dropout=0.1",
+        ]  # fmt: skip
+        whole, killed = scratch / f"whole{world}", scratch / f"killed{world}"
+        end(start("debug", whole, world, options))
+        while_writing = kill_often(killed, world, options, kills)
+        differing = differing_tensors(StageDirectory(whole / "stage1"), StageDirectory(killed / "stage1"))
+        name = f"tensors that differ after {kills} SIGKILLs of {world} process{'es' * (world > 1)}"
+        rows.append(Row(name, differing, "", goal="0", met=differing == 0))
+        rows.append(Row("  of these kills, while a checkpoint was being written", while_writing, ""))
+    return rows
+
+
+def kill_often(run: Path, world: int, options: Sequence[str], kills: int) -> int:
+    """Kill a run again and again, and let it come to its end; returns how often a checkpoint was being written."""
+    draw = random.Random(world)
+    while_writing = 0
+    stage = StageDirectory(run / "stage1")
+    for target in sorted(draw.sample(range(1, STEPS), kills)):
+        process = start("debug", run, world, [*options, "--resume"])
+        deadline = time.monotonic() + PATIENCE_S
+        while last_step(stage) < target and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE_S)
+        while_writing += bool(list(stage.checkpoints.glob(".step_*")))
+    end(start("debug", run, world, [*options, "--resume"]))
+    return while_writing
+
+
+def last_step(stage: StageDirectory) -> int:
+    """The last step that the log of a training names."""
+    lines = stage.metrics.read_bytes().splitlines() if stage.metrics.exists() else []
+    steps = [json.loads(line)["step"] for line in lines[-2:] if line.endswith(b"}")]
+    return max(steps, default=0)
+
+
+def differing_tensors(one: StageDirectory, other: StageDirectory) -> int:
+    """How many weights and moments of the last checkpoints differ in a bit."""
+    contents = []
+    for stage in (one, other):
+        last = checkpoint.steps(stage.checkpoints)[-1]
+        assert last == STEPS
+        found = checkpoint.load(checkpoint.folder_of(stage.checkpoints, last))
+        contents.append({**found.model, **found.moments})
+    assert contents[0].keys() == contents[1].keys()
+    return sum(not torch.equal(tensor, contents[1][name]) for name, tensor in contents[0].items())
+
+
+def speed_rows(scratch: Path) -> list[Row]:
+    """Windows per second of one and two processes, and with and without checkpoints, from their own log lines."""
+    shards = make_data(scratch)
+    config = write_config(scratch, shards)
+    count = iter(range(10**6))
+
+    def speed(world: int, *options: str) -> float:
+        run = scratch / f"speed{next(count)}"
+        end(start(config, run, world, [*options, f"batch_size={16 * world}"]))
+        lines = [line for line in StageDirectory(run / "stage1").read_metrics() if line["kind"] == "train"]
+        return statistics.median(line["windows_per_s"] for line in lines[1:])
+
+    def seconds(every: str) -> float:
+        run = scratch / f"speed{next(count)}"
+        end(start(config, run, 1, [f"checkpoint.every_steps={every}", "log_every=10"]))
+        lines = [line for line in StageDirectory(run / "stage1").read_metrics() if line["kind"] == "train"]
+        return sum(160 / line["windows_per_s"] for line in lines[1:])
+
+    rates = in_turns({"one": lambda: speed(1), "two": lambda: speed(2)}, 3)
+    times = in_turns({"without": lambda: seconds("null"), "with": lambda: seconds("50")}, 5)
+    ratio = rates["two"] / (2 * rates["one"])
+    cost = 100 * (times["with"] / times["without"] - 1)
+    return [
+        Row("windows/s of 2 processes, against 2 x 1 process", rates["two"], "1/s", 2 * rates["one"], ratio,
+            goal="ratio >= 0.9", met=ratio >= 0.9),
+        below("time that checkpoints every 50 steps cost", cost, "%", 3),
+    ]  # fmt: skip
+
+
+def write_config(scratch: Path, shards: Path) -> str:
+    """Stage 1 at the published widths, 150 steps, on the bench's random data."""
+    runs = "[run0*]"
+    text = f"""
+data: {{shards: {shards}}}
+include_features: [s0/x, s1/x, s2/x, s3/x, s4/x]
+datasets:
+  train: {{filter: {{runs: {runs}}}}}
+  val: {{filter: {{runs: [run10], trs: [0, 64]}}}}
+val_set_name: val
+num_samples: 2400
+log_every: 25
+tracker: none
+stage1: {{epochs: 1, max_steps: 151}}
+checkpoint: {{every_steps: null}}
+"""
+    path = scratch / "speed.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def start(config: str, run: Path, world: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a training of stage 1 with one thread a process, in a group of its own."""
+    file = config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m"]
+    command = launcher if world > 1 else [sys.executable, "-m"]
+    arguments = ["trainer", "train", "--config", file, "--run", str(run), "--stage", "1", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload, no-any-return]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a training that must come to its end."""
+    _, error = process.communicate(timeout=2 * PATIENCE_S)
+    if process.returncode:
+        raise RuntimeError(f"a training ended with status {process.returncode}: {error.decode()[-2000:]}")
