@@ -96,9 +96,11 @@ def a_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.sin(x[:, :4] * 2) * 3, mask
 
 
-def an_update(ranks: Ranks, *, seed: int = 0, optimisation: OptimisationConfig = OPTIMISATION) -> Update:
-    model = Curve(seed=seed)
-    return make_update(model, Objective(model), optimisation, ranks, precision=ranks.precision, deterministic=True)
+def an_update(
+    ranks: Ranks, *, seed: int = 0, optimisation: OptimisationConfig = OPTIMISATION, repeats: bool = False
+) -> Update:
+    model, precision = Curve(seed=seed), ranks.precision
+    return make_update(model, Objective(model), optimisation, ranks, precision=precision, deterministic=repeats)
 
 
 def learn(
@@ -325,7 +327,8 @@ class Shown:
     def __init__(self, out: Path) -> None:
         self.out, self.accelerator = out, an_accelerator()
         self.rank = torch.distributed.get_rank()
-        self.lines: dict[str, Any] = {"world": torch.distributed.get_world_size()}
+        worlds = [torch.distributed.get_world_size(), self.accelerator.num_processes]
+        self.lines: dict[str, Any] = {"worlds": worlds, "is main": self.accelerator.is_main_process}
 
     def ranks(self, kind: str, precision: str = "no") -> Ranks:
         """The processes of "one", "ddp", "zero1" or "zero2"."""
@@ -369,12 +372,12 @@ class Shown:
     def restored(self, kind: str) -> None:
         """Whether a restored training goes on bit for bit."""
         ranks = self.ranks(kind)
-        whole = an_update(ranks)
+        whole = an_update(ranks, repeats=True)
         train(whole, ranks, range(5))
         found = self.keep(whole, ranks, f"part {kind}", 5)
         rest = train(whole, ranks, range(5, 9))
         end = self.keep(whole, ranks, f"whole {kind}", 9)
-        again = an_update(ranks, seed=1)
+        again = an_update(ranks, seed=1, repeats=True)
         again.restore(found)
         is_same = train(again, ranks, range(5, 9)) == rest and same(end, self.keep(again, ranks, f"again {kind}", 9))
         self.lines[f"restored {kind}"] = is_same
@@ -472,12 +475,12 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_of(shown: Path) -> dict[str, Any]:
-    """What rank 0 wrote; both saw a world of two, and the same numbers but for the bytes that each holds."""
+    """What rank 0 wrote; both saw a world of two, and the same numbers but for the bytes they hold."""
     ranks = [json.loads((shown / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert [rank["world"] for rank in ranks] == [2, 2]
-    assert [{k: v for k, v in rank.items() if not k.startswith("bytes")} for rank in ranks] == [
-        {k: v for k, v in ranks[0].items() if not k.startswith("bytes")}
-    ] * 2
+    assert [rank["worlds"] for rank in ranks] == [[2, 2], [2, 2]]
+    assert [rank.pop("is main") for rank in ranks] == [True, False]
+    numbers = [json.dumps({k: v for k, v in rank.items() if not k.startswith("bytes")}) for rank in ranks]
+    assert numbers[0] == numbers[1]
     return ranks[0]
 
 

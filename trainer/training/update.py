@@ -9,6 +9,7 @@ and moments are float32; autocast lies around the objective's forward and nowher
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,8 +23,8 @@ from trainer.errors import InputError
 from trainer.run.checkpoint import Checkpoint
 from trainer.training.adam import Step, Update, World, adamw, begin
 
-BUCKET_ELEMENTS = 25_000_000
-"""Gradients that DeepSpeed reduces at once: 100 MB of float32, where its own 5e8 would take 2 GB of each device."""
+BUCKET_ELEMENTS = 25 * 2**20 // 4
+"""Gradients that DeepSpeed reduces at once: 25 MiB as DDP does, where its own 5e8 would take 2 GB of each device."""
 
 
 class Autocast(nn.Module):
@@ -60,15 +61,9 @@ class Replicated(Update):
         super().__init__(model, adamw(model, optimisation), processes, precision=precision)
         begin(self._optimizer)
         self._max_norm = optimisation.clip_grad_norm
-        if processes.world > 1:
-            self.objective = DistributedDataParallel(
-                self.objective,
-                device_ids=[processes.device.index] if processes.device.type == "cuda" else None,
-                broadcast_buffers=False,  # they are constants
-                gradient_as_bucket_view=True,
-                # otherwise the buckets are rebuilt after the first step, and a resumed run sums in another order
-                find_unused_parameters=deterministic,
-            )
+        self._is_distributed = processes.world > 1
+        if self._is_distributed:
+            self.objective = distributed(self.objective, processes.device, deterministic=deterministic)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
         """All but the last micro-batch keep their gradients on the rank."""
@@ -91,7 +86,8 @@ class Replicated(Update):
         self._optimizer.grad_scale = self._loss_scale.value * clip  # type: ignore[attr-defined]
         self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients are views of what it sends; without them it would hold a second set while micro-batches add up
+        self._optimizer.zero_grad(set_to_none=not self._is_distributed)
         self._loss_scale.update(skipped)
         return Step(norm, skipped)
 
@@ -202,6 +198,21 @@ def make_update(
     if processes.sharded:
         return Sharded(model, objective, optimisation, processes, precision=precision)
     return Replicated(model, objective, optimisation, processes, precision=precision, deterministic=deterministic)
+
+
+def distributed(objective: nn.Module, device: torch.device, *, deterministic: bool) -> DistributedDataParallel:
+    """An objective in DDP. Its buffers are constants, alike on all ranks."""
+    name = "forward_sync_buffers"  # since torch 2.13
+    known = name in inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {name if known else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # otherwise the buckets are rebuilt after the first step, and a resumed run sums in another order
+        find_unused_parameters=deterministic,
+        **options,
+    )
 
 
 def configure(config: dict[str, Any], max_norm: float | None) -> None:
