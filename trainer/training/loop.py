@@ -206,7 +206,6 @@ class Training:
                 "waiting": tally.waited / seconds,
             }
             phase.directory.append_metrics(kind="train", step=self.step, **line)
-            phase.directory.beat(self.step)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if bar.disable:
                 print(

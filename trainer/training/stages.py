@@ -169,7 +169,7 @@ def train_stage1(job: Job) -> None:
         job.say(f"Stage 1 is finished: {directory.path}")
         return
     if job.accelerator.is_main_process:
-        directory.record_start(job.config.to_yaml(), world=job.accelerator.num_processes)
+        directory.begin(job.config.to_yaml(), world=job.accelerator.num_processes)
     spans = job.study.training_spans(refit=False)
     chosen = _fit_and_choose(job, anchor_phase(job, directory, spans, "Stage 1", validates=True))
     _score_chosen(job, directory, 1, chosen, refit=False)
@@ -195,7 +195,7 @@ def train_stage2(job: Job) -> None:
     finished = job.run.stage(1).finished()
     assert finished is not None, "stage 1 is trained or checked before"
     if job.accelerator.is_main_process:
-        directory.record_start(job.config.to_yaml(), world=job.accelerator.num_processes)
+        directory.begin(job.config.to_yaml(), world=job.accelerator.num_processes)
     step = int(finished["step"])
     phase = flow_phase(job, directory, job.run.stage(1), step, refit=False)
     chosen = _fit_and_choose(job, phase)
