@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from torch import Tensor
 from trainer.errors import InputError
 from trainer.models.anchor import anchor_loss
 from trainer.models.flow import euler, flow_loss, flow_path
-from trainer.models.upstream import anchor_from_upstream, estimator_from_upstream, with_prefix
+from trainer.models.upstream import anchor_from_upstream, estimator_from_upstream, read_published, with_prefix
 
 FIXTURES = Path(__file__).resolve().parents[1] / "data" / "upstream"
 ANCHORS = ["anchor_avg", "anchor_causal_linear", "anchor_positive_blockwise"]
@@ -114,6 +118,42 @@ def test_the_published_defaults_fill_a_sparse_config() -> None:
     anchor = anchor_from_upstream(config, with_prefix(tensors, "state_dict."))
     features = [tensors["features.0"], tensors["features.1"]]
     assert _close(anchor(features), tensors["output"])
+
+
+def test_published_tensors_are_read(tmp_path: Path) -> None:
+    content = {"model": {"feat_pool.weight": torch.arange(3.0)}, "epoch": 3, "args": {"lr": 3e-4, "streams": ["a"]}}
+    torch.save(content, tmp_path / "ckpt.pt")
+    found = read_published(tmp_path / "ckpt.pt")
+    assert torch.equal(found["model"]["feat_pool.weight"], torch.arange(3.0))
+    assert (found["epoch"], found["args"]) == (3, content["args"])
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+OLD_FORMAT = partial(torch.save, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("dump", [torch.save, OLD_FORMAT, partial(pickle.dump, protocol=2)])
+def test_a_malicious_file_is_refused_and_does_not_run(tmp_path: Path, dump: Callable[..., None]) -> None:
+    with (tmp_path / "ckpt.pt").open("wb") as file:
+        dump({"model": Malicious(tmp_path / "it ran")}, file)
+    with pytest.raises(InputError, match=r"ckpt\.pt: asks for more than tensors, .* found posix\.system"):
+        read_published(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut short", None])
+def test_a_file_that_is_none_of_torch_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "ckpt.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"ckpt\.pt: "):
+        read_published(tmp_path / "ckpt.pt")
 
 
 def test_an_estimator_of_another_kind_is_refused() -> None:

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from trainer.errors import InputError
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
+
+
+@contextlib.contextmanager
+def running_elsewhere(stage: StageDirectory) -> Iterator[None]:
+    """Make the stage's newest start one of another host, whose counter advances."""
+    owner = {"host": "node7", "pid": 12, "machine": "another", "born": 1}
+    write_json(stage.path / "starts" / "2.json", owner)
+    beat = {**owner, "step": 7, "total": 20, "title": "Stage 1", "start": 2}
+    write_json(stage.path / "heartbeat.json", {**beat, "count": 0})
+    stop = threading.Event()
+
+    def beat_on() -> None:
+        count = 0
+        while not stop.wait(0.05):
+            write_json(stage.path / "heartbeat.json", {**beat, "count": (count := count + 1)})
+
+    thread = threading.Thread(target=beat_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_json_appears_whole_and_refuses_nan(tmp_path: Path) -> None:
@@ -20,23 +46,26 @@ def test_json_appears_whole_and_refuses_nan(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_each_start_is_recorded_with_versions_and_command(tmp_path: Path) -> None:
+def test_each_start_is_recorded_with_versions_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = StageDirectory(tmp_path)
     assert not stage.has_started()
-    stage.record_start("seed: 1\n", world=2)
-    stage.record_start("seed: 1\n", world=4)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert stage.begin("seed: 1\n", world=2, launcher="srun") == 1
+    assert stage.begin("seed: 1\n", world=4) == 2
     first, second = (json.loads((tmp_path / "starts" / f"{n}.json").read_text()) for n in (1, 2))
     assert (first["world"], second["world"]) == (2, 4)
     assert first["versions"]["torch"]
+    assert (first["launcher"], first["slurm"]["SLURM_JOB_ID"]) == ("srun", "4711")
     assert {"host", "pid", "command", "git_commit", "git_diff"} <= set(first)
     assert stage.has_started()
 
 
-def test_beats_come_at_most_every_few_seconds(tmp_path: Path) -> None:
+def test_a_refused_start_leaves_the_configuration_alone(tmp_path: Path) -> None:
     stage = StageDirectory(tmp_path)
-    stage.beat(1)
-    stage.beat(2)
-    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 1
+    stage.begin("seed: 1\n")
+    with running_elsewhere(stage), pytest.raises(InputError, match="process 12 on node7"):
+        stage.begin("seed: 2\n")
+    assert stage.config.read_text() == "seed: 1\n"
 
 
 def test_of_lines_that_a_resume_repeats_the_later_counts(tmp_path: Path) -> None:
@@ -45,14 +74,15 @@ def test_of_lines_that_a_resume_repeats_the_later_counts(tmp_path: Path) -> None
         stage.append_metrics(kind="train", step=step, loss=loss)
     with stage.metrics.open("a") as file:
         file.write('{"kind": "tr')  # a crash in the middle of a line
-    assert [line["loss"] for line in stage.read_metrics()] == [9.0, 7.0]
+    stage.append_metrics(kind="train", step=3, loss=6.0)
+    assert [line["loss"] for line in stage.read_metrics()] == [9.0, 7.0, 6.0]
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.claim([1, 2], resume=False, overwrite=False)
-    run.stage(1).record_start("seed: 1\n")
-    with pytest.raises(InputError, match="--resume to continue it, --overwrite to start anew"):
+    run.stage(1).begin("seed: 1\n")
+    with pytest.raises(InputError, match=r"training\. Give --resume to continue it, --overwrite to start anew"):
         run.claim([1, 2], resume=False, overwrite=False)
     run.claim([2], resume=False, overwrite=False)
     run.claim([1], resume=True, overwrite=False)
@@ -65,12 +95,44 @@ def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_stage_1_is_not_deleted_under_a_stage_2_that_stands_on_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     for number in (1, 2):
-        run.stage(number).record_start("seed: 1\n")
+        run.stage(number).begin("seed: 1\n")
     with pytest.raises(InputError, match="stands around the stage 1"):
         run.claim([1], resume=False, overwrite=True)
     assert run.stage(1).has_started()
     run.claim([1, 2], resume=False, overwrite=True)
     assert not run.stage(2).has_started()
+
+
+def test_a_training_that_runs_is_named_and_not_deleted(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for number in (1, 2):
+        run.stage(number).begin("seed: 1\n")
+    known = r"stage2: holds another training: found process 12 on node7 \(Stage 1, step 7 of 20\), which has not ended"
+    with running_elsewhere(run.stage(2)):
+        with pytest.raises(InputError, match=known):
+            run.claim([1, 2], resume=False, overwrite=False)
+        with pytest.raises(InputError, match="stage2: another training runs there: found process 12 on node7"):
+            run.claim([1, 2], resume=False, overwrite=True)
+    assert run.stage(1).has_started()
+
+
+def test_a_start_that_was_killed_at_once_and_a_deletion_that_was_cut_short_are_no_strangers(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.stage(1).begin("seed: 1\n")
+    run.stage(1).config.unlink()  # killed before it was written
+    with pytest.raises(InputError, match="holds another training"):
+        run.claim([1], resume=False, overwrite=False)
+    run.stage(1).path.rename(tmp_path / ".stage1.deleted.99")
+    (tmp_path / ".probe.99").touch()
+    run.claim([1], resume=False, overwrite=False)
+    run.claim([1], resume=False, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".probe.99"]
+
+
+def test_a_log_that_the_disk_does_not_take_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").write_text("no folder")
+    StageDirectory(tmp_path).append_metrics(kind="train", step=1)
+    assert "warning: " in capsys.readouterr().err
 
 
 def test_a_folder_that_only_has_a_stages_name_is_kept(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,6 +141,30 @@ def estimator_from_upstream(
     network = UNet(config["latent_dim"], **config["decoder"], norm="batch", published=True)
     _load(network, state_dict, lambda name: [prefix + _estimator_name(name, len(network.down))], where)
     return network
+
+
+def read_published(path: Path) -> Any:
+    """What a published `.pt` file holds: tensors, numbers, texts, and lists and dicts of them.
+
+    Such files are pickles, which can run code. Only what torch itself takes for harmless is built.
+
+    Raises:
+        InputError: no such file, no file of torch, or one that asks for anything else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(path, "cannot be read", found=error.strerror) from error
+    except Exception as error:  # of any kind: in a file of another sort, torch's reader stumbles anywhere
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise InputError(path, "no .pt file of tensors", found=type(error).__name__) from error
+        raise InputError(
+            path,
+            "asks for more than tensors, which could run code, and is not opened",
+            found=asked[1],
+            fix="If you trust it, save its tensors alone (`model.state_dict()`).",
+        ) from error
 
 
 def with_prefix(state_dict: StateDict, prefix: str) -> dict[str, Tensor]:

@@ -1,30 +1,37 @@
 """Checkpoints: one format for every launcher, whole or absent, readable without running any code.
 
 `checkpoints/step_00000500/` holds `model.safetensors` (fp32 weights and buffers by name), `optimizer.safetensors`
-(Adam's moments by parameter name) and `meta.json` (step, what the model is made for, SHA-256 of each file). The folder
-is written under another name and renamed, so it appears complete or not at all. Which one is the latest or the best is
-never stored: both are functions of what lies there.
+(Adam's moments by parameter name), where there is one `ema.safetensors` (the moving average of the weights, by
+parameter name) and `meta.json` (step, what the model is made for, SHA-256 of each file). The folder is written under
+another name and renamed, so it appears complete or not at all. Which one is the latest or the best is never stored:
+both are functions of what lies there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from trainer.errors import InputError
 
+if TYPE_CHECKING:  # torch takes seconds to import, and `status` only asks what lies here
+    import torch
+
 FORMAT = 1
+MODEL, MOMENTS, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 _NAME = re.compile(r"step_(\d{8})$")
 
 
@@ -33,11 +40,13 @@ class Checkpoint:
     """One checkpoint in memory.
 
     `meta` holds the `step` and what else the writer put there. The step is the whole position: the plan does the rest.
+    `ema` is empty where no moving average is kept.
     """
 
     model: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
     meta: dict[str, Any]
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -64,19 +73,12 @@ def save(checkpoints: Path, step: int, checkpoint: Checkpoint) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
-        save_file(_storable(checkpoint.model), aside / "model.safetensors")
-        save_file(_storable(checkpoint.moments), aside / "optimizer.safetensors")
-        sums = {path.name: sha256(path) for path in sorted(aside.iterdir())}
-        meta = {**checkpoint.meta, "step": step, "format": FORMAT, "sha256": sums}
-        (aside / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        for path in aside.iterdir():
-            _to_disk(path)
-        if final.exists():
-            final.rename(old := checkpoints / f".{final.name}.old.{os.getpid()}")
-            aside.rename(final)
-            shutil.rmtree(old)
-        else:
-            aside.rename(final)
+        _write_files(aside, step, checkpoint)
+        old = checkpoints / f".{final.name}.old.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):  # there is none, or another thread prunes it
+            final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
         _to_disk(checkpoints)
     except (OSError, SafetensorError) as error:
         fix = "Older checkpoints are whole: make room and continue with --resume."
@@ -86,27 +88,113 @@ def save(checkpoints: Path, step: int, checkpoint: Checkpoint) -> Path:
     return final
 
 
+def _write_files(folder: Path, step: int, checkpoint: Checkpoint) -> None:
+    from safetensors.torch import save_file
+
+    parts = {MODEL: checkpoint.model, MOMENTS: checkpoint.moments, EMA: checkpoint.ema}
+    sums = {}
+    for name, tensors in parts.items():
+        if tensors or name != EMA:
+            save_file(_storable(tensors), folder / name)
+            # before it is flushed: what was just written is read back from memory
+            sums[name] = sha256(folder / name)
+    meta = {**checkpoint.meta, "step": step, "format": FORMAT, "sha256": sums}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    for path in folder.iterdir():
+        _to_disk(path)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, so that a step does not wait for the disk.
+
+    What is given must be copies on the CPU that nobody writes to any more. A checkpoint that somebody relies on is
+    `needed`: if it cannot be written, the next `write` or `wait` raises. Of any other it is only said.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        self._background = background
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, checkpoints: Path, step: int, checkpoint: Checkpoint, *, needed: bool) -> None:
+        """Write a checkpoint as soon as the one before it is written.
+
+        Raises:
+            InputError: one that was needed could not be written.
+        """
+        self.wait()
+        # no daemon: a program that ends waits for its checkpoint
+        self._thread = threading.Thread(target=self._save, args=(checkpoints, step, checkpoint, needed))
+        self._thread.start()
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk. A disk that hangs is the watchdog's business.
+
+        Raises:
+            InputError: a checkpoint that was needed could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _save(self, checkpoints: Path, step: int, checkpoint: Checkpoint, needed: bool) -> None:
+        try:
+            save(checkpoints, step, checkpoint)
+        except InputError as error:
+            if needed:
+                self._error = error
+            else:
+                print(f"warning: the training goes on without a checkpoint: {error}", file=sys.stderr)
+        except BaseException as error:  # our mistake: it must not end with the thread
+            self._error = error
+
+
+def sweep(checkpoints: Path) -> None:
+    """Remove what killed writers left; nobody may be writing here."""
+    for left in checkpoints.glob(".step_*"):
+        name, _, rest = left.name[1:].partition(".")
+        if rest.startswith("old.") and not (checkpoints / name).exists():
+            left.rename(checkpoints / name)  # killed between the two renames that replace a checkpoint
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def load(folder: Path, *, weights_only: bool = False) -> Checkpoint:
     """Read a checkpoint and check every file against its SHA-256.
+
+    Args:
+        folder: the checkpoint.
+        weights_only: read what predicts and nothing else: `model` with the moving average of the weights in place of
+            those that have one. Otherwise `model` holds the weights as they were trained, for a resume.
 
     Raises:
         InputError: a file is missing, altered, or of another format.
     """
     meta = read_meta(folder)
-    sums = meta["sha256"]
-    names = ["model.safetensors"] if weights_only else ["model.safetensors", "optimizer.safetensors"]
-    tensors = []
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise InputError(path, "missing", fix="The checkpoint is damaged; use an older one.")
-        if sha256(path) != sums.get(name):
+    model = _read(folder, MODEL, meta)
+    ema = _read(folder, EMA, meta) if EMA in meta["sha256"] else {}
+    if weights_only:
+        return Checkpoint(model={**model, **ema}, moments={}, meta=meta)
+    return Checkpoint(model=model, moments=_read(folder, MOMENTS, meta), meta=meta, ema=ema)
+
+
+def _read(folder: Path, name: str, meta: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    path = folder / name
+    try:
+        if sha256(path) != meta["sha256"].get(name):
             raise InputError(path, "altered since it was written", fix="The checkpoint is damaged; use an older one.")
-        try:
-            tensors.append(load_file(path))
-        except SafetensorError as error:
-            raise InputError(path, "no safetensors file", found=error) from error
-    return Checkpoint(model=tensors[0], moments=tensors[1] if not weights_only else {}, meta=meta)
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(path, "missing", fix="The checkpoint is damaged; use an older one.") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(path, "no safetensors file", found=error) from error
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -132,11 +220,13 @@ def copy_weights(source: Path, target: Path) -> None:
     Raises:
         InputError: the source is damaged.
     """
-    load(source, weights_only=True)
+    meta = load(source, weights_only=True).meta
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", "meta.json"):
+    names = [name for name in (MODEL, EMA) if name in meta["sha256"]]
+    for name in (*names, "meta.json"):  # meta.json last: where it is, the weights are
         aside = target / f".{name}.{os.getpid()}"
         shutil.copyfile(source / name, aside)
+        _to_disk(aside)
         aside.replace(target / name)
 
 
@@ -178,13 +268,19 @@ def best_step(scores: Iterable[Mapping[str, Any]], set_name: str) -> int | None:
 
 
 def prune(checkpoints: Path, *, keep_last: int, keep: Iterable[int | None]) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`."""
+    """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`.
+
+    One that is being written has no name yet and is left alone; one that somebody reads goes on to be readable to who
+    has opened it, and is missing, not torn, to who opens it now.
+    """
     kept = {*steps(checkpoints)[-keep_last:], *keep}
     for step in steps(checkpoints):
         if step not in kept:
-            doomed = checkpoints / f".{folder_of(checkpoints, step).name}.doomed"
-            folder_of(checkpoints, step).rename(doomed)
-            shutil.rmtree(doomed)
+            folder = folder_of(checkpoints, step)
+            doomed = tempfile.mkdtemp(prefix=f".{folder.name}.doomed.", dir=checkpoints)
+            with contextlib.suppress(FileNotFoundError):  # another thread replaces it
+                folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # NFS keeps the folder while a file in it is open
 
 
 def sha256(path: Path) -> str:
@@ -194,8 +290,15 @@ def sha256(path: Path) -> str:
 
 
 def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous copies on the CPU: safetensors refuses tensors that share memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Contiguous tensors on the CPU; copied only where they are not that, or share memory (safetensors refuses)."""
+    storable: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        stored = tensor.detach().to("cpu").contiguous()
+        memory = stored.untyped_storage().data_ptr()
+        storable[name] = stored.clone() if memory in seen else stored
+        seen.add(memory)
+    return storable
 
 
 def _to_disk(path: Path) -> None:

@@ -1,8 +1,8 @@
 """The layout of a run directory: who starts, how far a stage is, and how it ended.
 
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
-    RUN/stage1/refit/      the same, where `train.refit` trains again on train + validation
-    RUN/stage2/            the same, and anchor/ (the chosen stage 1, copied)
+    RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
+    RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
     RUN/*.png              figures
 
 Whoever trains, scores, draws or reports reads and writes a run through these two classes, so the layout is said once.
@@ -24,38 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.run import heartbeat
+from trainer.run.files import read_json, write_json, write_whole
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "h5py", "webdataset", "safetensors")
-_SECONDS_BETWEEN_BEATS = 5.0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees all of it or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole; NaN is refused, since other readers of JSON do not know it."""
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises InputError where the file is missing or no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise InputError(path, "missing") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(path, "cannot be read", found=error) from error
+_SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
 
 
 class StageDirectory:
@@ -67,8 +40,6 @@ class StageDirectory:
         self.checkpoints = path / "checkpoints"
         self.scores = path / "scores"
         self.metrics = path / "logs" / "metrics.jsonl"
-        self._last_beat = -_SECONDS_BETWEEN_BEATS
-        self._beats = 0
 
     @property
     def refit(self) -> StageDirectory:
@@ -82,7 +53,7 @@ class StageDirectory:
 
     def has_started(self) -> bool:
         """Whether anything of a training lies here."""
-        return self.config.exists() or self.checkpoints.exists()
+        return any(path.exists() for path in (self.config, self.path / "starts", self.checkpoints))
 
     def finished(self) -> dict[str, Any] | None:
         """What the stage wrote at its end; None while it has not ended."""
@@ -93,29 +64,30 @@ class StageDirectory:
         """Say that the stage has ended, and how."""
         write_json(self.path / "finished.json", {"time": time.time(), **facts})
 
-    def record_start(self, config_yaml: str, **facts: Any) -> None:
-        """Write the resolved configuration and a new starts/<n>.json: versions, code, host, world."""
-        starts = self.path / "starts"
-        starts.mkdir(parents=True, exist_ok=True)
-        write_whole(self.config, config_yaml)
-        numbers = [int(path.stem) for path in starts.glob("*.json") if path.stem.isdigit()]
-        write_json(starts / f"{max(numbers, default=0) + 1}.json", {**environment(), **facts})
+    def begin(self, config_yaml: str, **facts: Any) -> int:
+        """Start a training here: make starts/<n>.json (versions, code, host, job, `facts`), write the configuration.
 
-    def beat(self, step: int) -> None:
-        """Show that the training lives, every few seconds at most."""
-        now = time.monotonic()
-        if now - self._last_beat < _SECONDS_BETWEEN_BEATS:
-            return
-        self._last_beat = now
-        self._beats += 1
-        facts = {"step": step, "time": time.time(), "host": platform.node(), "pid": os.getpid(), "count": self._beats}
-        write_json(self.path / "heartbeat.json", facts)
+        Returns:
+            n, with which a `Heartbeat` says that the training lives.
+
+        Raises:
+            InputError: another training lives here.
+        """
+        number = heartbeat.begin(self.path, {**environment(), **facts})
+        write_whole(self.config, config_yaml)
+        return number
 
     def append_metrics(self, **values: Any) -> None:
-        """Add one line to logs/metrics.jsonl."""
-        self.metrics.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        """Add one line to logs/metrics.jsonl; one that the disk does not take is a warning, not an end."""
+        try:
+            self.metrics.parent.mkdir(parents=True, exist_ok=True)
+            with self.metrics.open("ab+") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                # after a line that a crash cut short, the new one must not drown in its rest
+                start = "" if file.read(1) in (b"", b"\n") else "\n"
+                file.write(f"{start}{json.dumps(values)}\n".encode())
+        except OSError as error:
+            print(f"warning: {self.metrics} cannot be written: {error.strerror}", file=sys.stderr)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of logs/metrics.jsonl; of steps that a resume repeated, the later line counts.
@@ -165,14 +137,17 @@ class RunDirectory:
         strange = [n for n in (1, 2) if self.stage(n).path.exists() and not self.stage(n).has_started()]
         if strange and any(self.stage(strange[0]).path.iterdir()):
             raise InputError(self.stage(strange[0]).path, "is no stage of a run", fix="Choose another --run.")
-        foreign = [p.name for p in self.path.glob("*") if p.name not in _OURS and p.suffix not in (".png", ".html")]
+        foreign = [path.name for path in self.path.glob("*") if not _is_ours(path)]
         if foreign and not any(self.stage(n).has_started() for n in (1, 2)):
             raise InputError(self.path, "is no run directory", found=foreign[0], fix="Choose another --run.")
         started = [n for n in stages if self.stage(n).has_started()]
         if started and not (resume or overwrite):
+            holders = {n: heartbeat.holder(self.stage(n).path, patience_s=0) for n in started}
+            number, held = next((item for item in holders.items() if item[1]), (started[0], None))
             raise InputError(
-                self.stage(started[0]).path,
+                self.stage(number).path,
                 "holds another training",
+                found=f"{heartbeat.describe(held)}, which has not ended" if held else None,
                 fix="Give --resume to continue it, --overwrite to start anew, or another --run.",
             )
         if overwrite and 1 in stages and 2 not in stages and self.stage(2).has_started():
@@ -181,10 +156,11 @@ class RunDirectory:
                 "stands around the stage 1 that --overwrite would delete",
                 fix="Train both stages (--stage all), or choose another --run.",
             )
+        for number in stages if overwrite else ():
+            heartbeat.refuse_held(self.stage(number).path)
         try:
             for number in stages if overwrite else ():
-                if self.stage(number).path.exists():
-                    shutil.rmtree(self.stage(number).path)
+                self._delete(number)
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe.{os.getpid()}"
             probe.touch()
@@ -192,12 +168,27 @@ class RunDirectory:
         except OSError as error:
             raise InputError(self.path, f"cannot be written: {error.strerror}", fix="Choose another --run.") from error
 
+    def _delete(self, number: int) -> None:
+        """Delete a stage; renamed first, so that a kill leaves no half of one that nobody would know again."""
+        stage = self.stage(number).path
+        for left in self.path.glob(f".{stage.name}.deleted.*"):
+            shutil.rmtree(left)
+        if stage.exists():
+            deleted = stage.rename(self.path / f".{stage.name}.deleted.{os.getpid()}")
+            shutil.rmtree(deleted)
+
 
 _OURS = {"stage1", "stage2", "figures"}
+_OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether something in a run directory may be of our making."""
+    return path.name in _OURS or path.suffix in (".png", ".html") or path.name.startswith(_OURS_ASIDE)
 
 
 def environment() -> dict[str, Any]:
-    """What the start of a training should remember: versions, commit and diff, host, command."""
+    """What the start of a training should remember: versions, commit and diff, host, job of SLURM, command."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -209,6 +200,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "pid": os.getpid(),
         "command": sys.argv,
+        "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ},
         "versions": versions,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_diff": _git("diff", "HEAD"),

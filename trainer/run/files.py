@@ -1,0 +1,68 @@
+"""Small files that appear whole: a reader sees all of one, or the one before it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import InputError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees all of it or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_synced(aside, text)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_new(path: Path, text: str) -> bool:
+    """Write a text file that nobody else may have made; False where it is there already.
+
+    A hard link decides: of several processes, on any hosts that share the file system, exactly one makes the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    try:
+        _write_synced(aside, text)
+        try:
+            os.link(aside, path)
+        except FileExistsError:
+            # NFS may repeat a request whose answer was lost: the second name is then our own
+            return aside.stat().st_nlink == 2
+        return True
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole; NaN is refused, since other readers of JSON do not know it."""
+    write_whole(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """The text of a JSON file. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError where the file is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(path, "missing") from error
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(path, "cannot be read", found=error) from error
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,216 @@
+"""Who trains in a stage directory, and whether that training still lives.
+
+    starts/3.json     the third start: its host, process and versions; a hard link makes it, so one process is the third
+    heartbeat.json    what the newest start does, every few seconds: step, counter, and at last how it `ended`
+
+The newest start owns the directory for as long as it lives. From the same machine its process is looked for; from
+another its counter must advance within `STALE_AFTER_S` of the watcher's own clock: clocks of other hosts are never
+trusted. A process that finds a newer start than its own was taken for dead (it slept, its disk hung): it must stop.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.run.alive import CounterWatch, Owner
+from trainer.run.files import as_json, read_json, write_json, write_new
+
+BEAT_EVERY_S = 5.0
+STALE_AFTER_S = 30.0
+LOOK_EVERY_S = 0.5
+
+
+class Pace:
+    """Steps per second over the last minutes of one phase, with all that comes between: validations, checkpoints."""
+
+    def __init__(self, sights: int = 61) -> None:
+        self._seen: deque[tuple[float, int]] = deque(maxlen=sights)
+        self._title = ""
+
+    def saw(self, title: str, step: int, now: float) -> float | None:
+        """Note the step of a phase at a time; returns steps per second, None while that cannot be told."""
+        if title != self._title or (self._seen and step < self._seen[-1][1]):
+            self._seen.clear()
+        self._title = title
+        self._seen.append((now, step))
+        (first, start), (last, end) = self._seen[0], self._seen[-1]
+        return (end - start) / (last - first) if end > start and last > first else None
+
+
+def newest_start(folder: Path) -> int:
+    """The number of the newest start in a stage directory; 0 where nobody has started."""
+    return max((int(path.stem) for path in (folder / "starts").glob("*.json") if path.stem.isdigit()), default=0)
+
+
+def read_heartbeat(folder: Path) -> dict[str, Any] | None:
+    """What the newest start last said of itself; of one that was killed before it said anything, who it is.
+
+    None where nobody has started.
+    """
+    number, path = newest_start(folder), folder / "heartbeat.json"
+    if not number:
+        return None
+    beat = read_json(path) if path.exists() else {}
+    if beat.get("start") == number:
+        return dict(beat)
+    start = read_json(folder / "starts" / f"{number}.json")
+    return {"step": 0, "total": 0, "title": "", **asdict(Owner.read(start)), "start": number, "count": 0}
+
+
+def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] | None:
+    """The heartbeat of another process that trains in a stage directory; None where there is none.
+
+    Where only the counter can tell, it is watched for `patience_s` (`STALE_AFTER_S` if not given); with 0 an unknown
+    one counts as living.
+    """
+    patience = STALE_AFTER_S if patience_s is None else patience_s
+    watch = CounterWatch(patience)
+    told = False
+    while True:
+        beat = read_heartbeat(folder)
+        if beat is None or "ended" in beat:
+            return None
+        owner = Owner.read(beat)
+        if owner == Owner.this():  # an earlier training of this very process is over
+            return None
+        lives = owner.lives()
+        if lives is None and patience:
+            lives = watch.saw((beat["start"], beat["count"]), time.monotonic())
+        if lives is not None or not patience:
+            return None if lives is False else beat
+        if not told:
+            print(f"{folder}: waiting up to {patience:.0f} s for a sign of life of {owner}", file=sys.stderr)
+            told = True
+        time.sleep(LOOK_EVERY_S)
+
+
+def describe(beat: Mapping[str, Any]) -> str:
+    """The holder of a stage directory in words."""
+    doing = f"{beat['title']}, step {beat['step']} of {beat['total']}" if beat["title"] else "starting"
+    return f"{Owner.read(beat)} ({doing})"
+
+
+def refuse_held(folder: Path) -> None:
+    """Raise InputError where another training lives in a stage directory."""
+    held = holder(folder)
+    if held is not None:
+        raise InputError(
+            folder,
+            "another training runs there",
+            found=describe(held),
+            fix=f"Look at it with `python -m trainer status {folder.parent}`, end it with `kill {held['pid']}` on "
+            f"{held['host']}, or choose another --run.",
+        )
+
+
+def begin(folder: Path, facts: Mapping[str, Any]) -> int:
+    """Make the next starts/<n>.json of a stage directory, and the first heartbeat; returns n.
+
+    Dead and ended starts are taken over.
+
+    Args:
+        folder: the stage directory.
+        facts: what the start should remember, beside host and process.
+
+    Raises:
+        InputError: another training lives there.
+    """
+    owner = asdict(Owner.this())
+    while True:
+        number = newest_start(folder) + 1
+        refuse_held(folder)
+        if write_new(folder / "starts" / f"{number}.json", as_json({**facts, **owner})):
+            break  # else another was faster: look at that one
+    for left in folder.glob(".heartbeat.json.*"):
+        left.unlink(missing_ok=True)  # of killed writers
+    _write(folder, number, 0, {"step": 0, "total": 0, "title": ""})
+    return number
+
+
+class Heartbeat:
+    """Writes heartbeat.json from a thread, so that validations and long waits do not look like death.
+
+    `superseded` becomes True when a newer start owns the directory (or the directory is gone): the training must stop,
+    and nothing more is written here.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.superseded = False
+        self._folder, self._start = folder, start
+        self._mark = _mark(folder, start)
+        self._place: tuple[str, int, int] = ("", 0, 0)
+        self._pace, self._count, self._warned = Pace(), 0, False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True)
+
+    def at(self, step: int, total: int, title: str) -> None:
+        """Say how far the training is; costs nothing, the next beat writes it."""
+        self._place = (title, step, total)
+
+    def __enter__(self) -> Heartbeat:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2 * BEAT_EVERY_S)
+        if not self._thread.is_alive():  # a beat that hangs on a dead disk must not be overtaken
+            self._beat(ended=_ending(error))
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stop.wait(BEAT_EVERY_S):
+            self._beat()
+
+    def _beat(self, **ending: Any) -> None:
+        try:
+            self.superseded = self.superseded or _mark(self._folder, self._start) != self._mark
+            self.superseded = self.superseded or newest_start(self._folder) != self._start
+            if self.superseded:
+                return
+            title, step, total = self._place
+            self._count += 1
+            pace = self._pace.saw(title, step, time.monotonic())
+            place = {"step": step, "total": total, "title": title, "steps_per_s": pace}
+            _write(self._folder, self._start, self._count, {**place, **ending})
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self._folder / 'heartbeat.json'} cannot be written: {error}", file=sys.stderr)
+            self._warned = True
+
+
+def _write(folder: Path, start: int, count: int, facts: Mapping[str, Any]) -> None:
+    beat = {**facts, "time": time.time(), **asdict(Owner.this()), "start": start, "count": count}
+    write_json(folder / "heartbeat.json", beat)
+
+
+def _ending(error: BaseException | None) -> dict[str, str]:
+    """How a training ended, from what left it: nothing, a signal's wish (`signum`) or Ctrl-C, or a failure."""
+    if error is None:
+        return {"state": "finished", "why": ""}
+    if isinstance(error, InputError):
+        return {"state": "failed", "why": str(error)}
+    interrupted = isinstance(error, KeyboardInterrupt) or hasattr(error, "signum")
+    name = type(error).__name__
+    why = str(error) or name if interrupted else f"{name}: {error}"
+    return {"state": "interrupted" if interrupted else "failed", "why": " ".join(why.split())[:500]}
+
+
+def _mark(folder: Path, start: int) -> tuple[int, int] | None:
+    """Tells this start's file from one of the same number in a directory that was deleted and made again."""
+    try:
+        status = (folder / "starts" / f"{start}.json").stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
