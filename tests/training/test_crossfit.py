@@ -18,11 +18,12 @@ from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.build import build_anchor, build_flow
 from trainer.models.flow import Latent
-from trainer.run.processes import make_accelerator
 from trainer.scoring.predictor import shapes_of
+from trainer.scoring.shares import OneProcess
 from trainer.training import crossfit
 
 EVERYONE = (True, True)
+ALONE = OneProcess(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_each_tr_is_predicted_by_the_anchor_of_its_fold(study: Study, tmp_path: 
     levels = [anchor(batch.features)[0, 0, 0, 0].item() for anchor in anchors]
     assert levels[0] != levels[1]
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(anchors[0], first), (anchors[1], second)], make_accelerator("no"))
+    predictions.write([(anchors[0], first), (anchors[1], second)], ALONE)
     found = predictions[spans[0].sample]
     assert (found[:, first[0].start : first[0].stop] == levels[0]).all()
     assert (found[:, second[0].start : second[0].stop] == levels[1]).all()
@@ -83,7 +84,7 @@ def test_trs_outside_the_spans_are_not_predicted(study: Study, tmp_path: Path) -
     span = study.spans["train"][0]
     part = Span(span.sample, 5, 9, span.subjects)
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 1.0), [part])], make_accelerator("no"))
+    predictions.write([(constant_anchor(study, 1.0), [part])], ALONE)
     found = predictions[span.sample]
     assert np.isfinite(found[:, 5:9]).all()
     assert np.isnan(found[:, :5]).all()
@@ -93,10 +94,10 @@ def test_trs_outside_the_spans_are_not_predicted(study: Study, tmp_path: Path) -
 def test_the_latent_has_unit_deviation_and_samples_have_the_residuals_outside(study: Study, tmp_path: Path) -> None:
     spans = study.spans["train"]
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 0.0), spans)], make_accelerator("no"))
+    predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
     flow = build_flow(study.config.stage2, shapes_of(study))
-    crossfit.fit_latent(flow, study, spans, predictions)
-    assert crossfit.latent_range(flow, study, spans) == pytest.approx((1.0, 1.0), abs=0.05)
+    crossfit.fit_latent(flow, study, spans, predictions, ALONE)
+    assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((1.0, 1.0), abs=0.05)
 
     latent = flow.latent
     assert isinstance(latent, Latent)

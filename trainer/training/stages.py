@@ -41,6 +41,7 @@ from trainer.scoring.predictor import (
     shapes_of,
 )
 from trainer.scoring.score import lines, printed, score_checkpoint, score_set, write_scores
+from trainer.scoring.shares import OneProcess
 from trainer.training import crossfit
 from trainer.training.loop import Phase, Training
 
@@ -246,7 +247,7 @@ def flow_phase(
     torch.manual_seed(config.seed)
     flow = build_flow(config.stage2, shapes_of(job.study)).to(device)
     if checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None:
-        crossfit.fit_latent(flow, job.study, spans, predictions)
+        crossfit.fit_latent(flow, job.study, spans, predictions, OneProcess(device))
     title = "Stage 2 refit" if refit else "Stage 2"
     objective = FlowObjective(flow, config.seed)
     phase = _phase(job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, anchor=predictions)
@@ -264,7 +265,7 @@ def _unseen_predictions(
     k = job.config.stage2.cross_fit
     predictions = crossfit.Predictions(directory.anchor / "predictions", job.study)
     if not k:
-        predictions.write([(anchor, spans)], job.accelerator)
+        predictions.write([(anchor, spans)], OneProcess(job.accelerator.device))
         return predictions
     held_out = crossfit.folds(spans, job.study.manifest, k)
     parts = []
@@ -275,7 +276,7 @@ def _unseen_predictions(
         Training(phase, job.accelerator, job.config, resume=True).run()
         assert isinstance(phase.model, Anchor)
         parts.append((phase.model, hidden))
-    predictions.write(parts, job.accelerator)
+    predictions.write(parts, OneProcess(job.accelerator.device))
     return predictions
 
 
@@ -333,7 +334,7 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
     """Let the phase score its validation set, in its own loop, with the weights as they are."""
 
     def validate(step: int) -> float:
-        scores = score_set(predictor, job.study, phase.val_set_name, job.accelerator.device)
+        scores = score_set(predictor, job.study, phase.val_set_name, OneProcess(job.accelerator.device))
         epoch = step // phase.steps_per_epoch
         facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
         written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
@@ -355,7 +356,7 @@ def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flo
 
 def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
     """Least and largest standard deviation of the latents of the training BOLD; warns where they leave [0.5, 2]."""
-    low, high = crossfit.latent_range(flow, job.study, job.study.spans["train"])
+    low, high = crossfit.latent_range(flow, job.study, job.study.spans["train"], OneProcess(job.accelerator.device))
     if low < 0.5 or high > 2.0:
         print(
             f"warning: {phase.title}: standard deviations of the latents lie between {low:.2f} and {high:.2f}, "
@@ -378,4 +379,4 @@ def _score_chosen(job: Job, directory: StageDirectory, stage: int, step: int, *,
     """Score one checkpoint on every set that it was not trained on."""
     if job.accelerator.is_main_process:
         sets = job.study.scored_sets(refit=refit)
-        score_checkpoint(directory, stage, step, job.study, sets, job.accelerator.device, job.say)
+        score_checkpoint(directory, stage, step, job.study, sets, OneProcess(job.accelerator.device), job.say)
