@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +12,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.ranks import ThreadRank, on_ranks
 from trainer.config import Filter, load_config
 from trainer.data.batches import whole_runs
+from trainer.data.manifest import BOLD
 from trainer.data.plan import Span, select
 from trainer.data.study import Study
+from trainer.errors import InputError
 from trainer.models.anchor import Anchor
 from trainer.models.build import build_anchor, build_flow
 from trainer.models.flow import Latent
-from trainer.run.processes import make_accelerator
 from trainer.scoring.predictor import shapes_of
+from trainer.scoring.shares import OneProcess, Ranks
 from trainer.training import crossfit
 
 EVERYONE = (True, True)
+ALONE = OneProcess(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_each_tr_is_predicted_by_the_anchor_of_its_fold(study: Study, tmp_path: 
     levels = [anchor(batch.features)[0, 0, 0, 0].item() for anchor in anchors]
     assert levels[0] != levels[1]
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(anchors[0], first), (anchors[1], second)], make_accelerator("no"))
+    predictions.write([(anchors[0], first), (anchors[1], second)], ALONE)
     found = predictions[spans[0].sample]
     assert (found[:, first[0].start : first[0].stop] == levels[0]).all()
     assert (found[:, second[0].start : second[0].stop] == levels[1]).all()
@@ -83,20 +88,110 @@ def test_trs_outside_the_spans_are_not_predicted(study: Study, tmp_path: Path) -
     span = study.spans["train"][0]
     part = Span(span.sample, 5, 9, span.subjects)
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 1.0), [part])], make_accelerator("no"))
+    predictions.write([(constant_anchor(study, 1.0), [part])], ALONE)
     found = predictions[span.sample]
     assert np.isfinite(found[:, 5:9]).all()
     assert np.isnan(found[:, :5]).all()
     assert np.isnan(found[:, 9:]).all()
 
 
+def test_ranks_share_the_samples_and_keep_the_files_that_are_there(study: Study, tmp_path: Path) -> None:
+    spans = study.spans["train"]
+    torch.manual_seed(0)
+    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
+    alone = crossfit.Predictions(tmp_path / "alone", study)
+    alone.write([(anchor, spans)], ALONE)
+    looked: list[int] = []
+    written: list[tuple[int, int]] = []
+
+    class Watched(crossfit.Predictions):
+        rank = -1
+
+        def _missing(self, *arguments: Any) -> list[int]:
+            looked.append(self.rank)
+            return super()._missing(*arguments)
+
+        def _write_sample(self, sample: int, *arguments: Any) -> None:
+            written.append((self.rank, sample))
+            super()._write_sample(sample, *arguments)
+
+    def write(rank: ThreadRank, wanted: list[Span]) -> None:
+        predictions = Watched(tmp_path / "shared", study)
+        predictions.rank = rank.rank
+        predictions.write([(anchor, wanted)], rank)
+        assert list(predictions) == sorted(span.sample for span in wanted), "all are there before any rank goes on"
+
+    on_ranks(2, lambda rank: write(rank, spans[1:3]))
+    first = [spans[1].sample, spans[2].sample]
+    assert sorted(written) == [(0, first[0]), (1, first[1])]
+    written.clear()
+    on_ranks(3, lambda rank: write(rank, spans))
+    missing = [span.sample for span in spans if span.sample not in first]
+    assert sorted(written) == sorted((i % 3, sample) for i, sample in enumerate(missing))
+    assert looked == [0, 0], "one look at the disk each time, for all"
+    shared = crossfit.Predictions(tmp_path / "shared", study)
+    for sample in alone:
+        np.testing.assert_array_equal(shared[sample], alone[sample])
+    assert sorted(path.name for path in shared.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
+
+
+def test_all_ranks_hold_the_latent_that_one_process_fits(study: Study, tmp_path: Path) -> None:
+    spans = study.spans["train"]
+    predictions = crossfit.Predictions(tmp_path, study)
+    predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
+
+    def fit(rank: Ranks) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
+        flow = build_flow(study.config.stage2, shapes_of(study))
+        # what another rank would have found counts for nothing
+        crossfit.fit_latent(flow, study, spans if rank.is_main else spans[:1], predictions, rank)
+        return flow.latent.state_dict(), crossfit.latent_range(flow, study, spans, rank)
+
+    buffers, span = fit(ALONE)
+    assert buffers["residual_std"].min() > 0
+    for found, found_range in [*on_ranks(2, fit), *on_ranks(3, fit)]:
+        assert found.keys() == buffers.keys()
+        for name, wanted in buffers.items():
+            assert torch.equal(found[name], wanted), name
+        assert found_range == span
+
+
+def test_every_rank_hears_that_the_bold_does_not_vary(study: Study) -> None:
+    study.__dict__["scaling"] = SimpleNamespace(apply=lambda bold, sample, subject: bold.fill(0.0))
+
+    def fit(rank: ThreadRank) -> str:
+        with pytest.raises(InputError, match="does not vary") as raised:
+            flow = build_flow(study.config.stage2, shapes_of(study))
+            crossfit.fit_latent(flow, study, study.spans["train"], None, rank)
+        return str(raised.value)
+
+    assert len(set(on_ranks(2, fit))) == 1
+
+
+def test_the_range_of_the_latents_is_that_of_a_loop_in_float64(study: Study) -> None:
+    spans = study.spans["train"]
+    flow = build_flow(study.config.stage2, shapes_of(study))
+    crossfit.fit_latent(flow, study, spans[:1], None, ALONE)
+    latent = flow.latent
+    assert isinstance(latent, Latent)
+    squares, count = np.zeros(flow.latent_dim), 0
+    for span in spans:
+        present = study.manifest.samples[span.sample].subjects
+        for label in present:
+            bold = study.shards.read(span.sample, BOLD, span.start, span.stop, row=present.index(label))
+            z = bold.astype(np.float64) @ latent.basis.double().numpy().T / latent.scale.double().numpy()
+            squares += ((z - z.mean(0)) ** 2).sum(0)
+            count += len(z)
+    std = np.sqrt(squares / count)
+    assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((std.min(), std.max()), rel=1e-5)
+
+
 def test_the_latent_has_unit_deviation_and_samples_have_the_residuals_outside(study: Study, tmp_path: Path) -> None:
     spans = study.spans["train"]
     predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 0.0), spans)], make_accelerator("no"))
+    predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
     flow = build_flow(study.config.stage2, shapes_of(study))
-    crossfit.fit_latent(flow, study, spans, predictions)
-    assert crossfit.latent_range(flow, study, spans) == pytest.approx((1.0, 1.0), abs=0.05)
+    crossfit.fit_latent(flow, study, spans, predictions, ALONE)
+    assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((1.0, 1.0), abs=0.05)
 
     latent = flow.latent
     assert isinstance(latent, Latent)

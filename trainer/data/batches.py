@@ -7,6 +7,7 @@ memory that is touched for the first time costs more than the reading.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -243,13 +244,15 @@ def whole_runs(
     *,
     context: int = 0,
     anchor: Anchors | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """A batch of one whole span after the other, in their order; `windows` counts the spans.
 
     With `context`, a span that a filter cut out of a run sees the run's features around it; a span that reaches the
-    ends of its run is read as it is.
+    ends of its run is read as it is. Rank r of `world` gets spans r, r + world, ..., each with its number in `spans`.
     """
-    for i, span in enumerate(spans):
+    for i, span in itertools.islice(enumerate(spans), rank, None, world):
         window = Window(i, span.sample, span.start, span.stop, span.subjects)
         batch = make_batch(source, [window], streams, scaling, context=context, anchor=anchor)
         yield batch.cut(_extent(batch.mask[0])) if context else batch

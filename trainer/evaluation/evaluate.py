@@ -13,6 +13,7 @@ from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.scoring.score import score_checkpoint
+from trainer.scoring.shares import OneProcess
 
 
 def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence[str] | None) -> None:
@@ -23,7 +24,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
     Raises:
         InputError: no such checkpoint or set.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processes = OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     for number in stages:
         directory = run.stage(number)
         study = Study(load_config(directory.config))
@@ -38,7 +39,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
                 fix = "Score a checkpoint from before the refit with --step N or last."
                 raise InputError("--set", f"the refitted model was trained on {name}", fix=fix)
         for each in _steps(chosen, step, study.config.val_set_name):
-            score_checkpoint(chosen, number, each, study, named, device, say)
+            score_checkpoint(chosen, number, each, study, named, processes, say)
 
 
 def _steps(directory: StageDirectory, wanted: str, val_set_name: str) -> list[int]:

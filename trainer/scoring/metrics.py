@@ -17,7 +17,8 @@ from torch import Tensor
 class Correlation:
     """r of every subject and parcel.
 
-    r: (S, V) float64; 0 where the BOLD or the prediction is constant; NaN for a subject without TRs.
+    r: (S, V) float64; 0 where the BOLD or the prediction is constant; NaN for a subject without TRs, and where a
+        prediction is not a number.
     n_trs: (S,) TRs of each subject.
     n_constant: entries of r that are 0 because something was constant.
     """
@@ -84,8 +85,10 @@ class PearsonR:
     def compute(self) -> Correlation:
         """r over everything seen so far."""
         constant = _is_constant(self.xx, self.mean_x, self.n) | _is_constant(self.yy, self.mean_y, self.n)
-        product = np.sqrt(np.where(constant, 1.0, self.xx) * np.where(constant, 1.0, self.yy))
-        r = np.where(constant, 0.0, self.xy / product)
+        constant &= np.isfinite(self.xy)  # what is not a number shows, even where it is set against zeros
+        with np.errstate(divide="ignore", invalid="ignore"):
+            r = self.xy / np.sqrt(self.xx * self.yy)
+        r[constant] = 0.0
         present = self.n > 0
         r[~present] = np.nan
         return Correlation(r=r, n_trs=self.n.copy(), n_constant=int(constant[present].sum()))

@@ -3,7 +3,8 @@
     scores/step_00000500-val-mean.json     {"stage": 1, "step": 500, "set": "val", "estimate": "mean", "pearson_r": ...}
     scores/step_00000500-val-mean.npy      (S, V) float64
 
-Runs are scored whole and one at a time, so memory does not grow with the set.
+Runs are scored whole and one at a time, on the rank that is dealt them, so memory does not grow with the set but for
+the sums that each run leaves (5 x (S, V) float64 for each pair of prediction and BOLD).
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from trainer.data.batches import whole_runs
+from trainer.data.batches import Batch, whole_runs
 from trainer.data.study import Study
-from trainer.progress import watched
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
+from trainer.scoring.shares import Ranks, in_order, shown
 
 ESTIMATES = ("mean", "sample")
 
@@ -36,25 +37,36 @@ def score_checkpoint(
     step: int,
     study: Study,
     sets: Sequence[str],
-    device: torch.device,
+    processes: Ranks,
     say: Callable[[str], None],
 ) -> None:
-    """Score one checkpoint on some sets, write the score files and print them through `say`.
+    """Score one checkpoint on some sets; the main process writes the score files and prints them through `say`.
 
     Raises:
         InputError: the checkpoint is missing, damaged, or does not fit the shards.
     """
-    predictor = load_predictor(directory, stage, step, study, device, ESTIMATES[:1] if stage == 1 else ESTIMATES)
+    estimates = ESTIMATES[:1] if stage == 1 else ESTIMATES
+    predictor = load_predictor(directory, stage, step, study, processes.device, estimates)
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
     for set_name in sets:
-        validated = step in checkpoint.qualities(directory.read_scores(), set_name)
-        scores = score_set(predictor, study, set_name, device)
-        subjects = study.manifest.subjects
-        facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": validated}
-        written = write_scores(directory, scores, subjects, facts)
-        for estimate, score in written.items():
-            say(f"-- {set_name}, {estimate}, step {step} ({directory.scores})")
-            say("\n".join(lines(score)))
+        scores = score_set(predictor, study, set_name, processes)
+        facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch}
+        processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, say))
+
+
+def _record(
+    directory: StageDirectory,
+    scores: SetScores,
+    subjects: Sequence[str],
+    facts: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Write and print the scores of a set; one that validated the training before goes on to do so."""
+    validated = facts["step"] in checkpoint.qualities(directory.read_scores(), facts["set"])
+    written = write_scores(directory, scores, subjects, {**facts, "validation": validated})
+    for estimate, score in written.items():
+        say(f"-- {facts['set']}, {estimate}, step {facts['step']} ({directory.scores})")
+        say("\n".join(lines(score)))
 
 
 @dataclass(frozen=True)
@@ -65,23 +77,64 @@ class SetScores:
     flow_loss: float | None
 
 
-def score_set(predictor: Predictor, study: Study, set_name: str, device: torch.device) -> SetScores:
-    """Score a predictor over all TRs of a set."""
-    accumulators: dict[str, PearsonR] = {}
-    size = (len(study.manifest.subjects), study.manifest.parcels)
-    loss, count = 0.0, 0
-    spans, context = study.spans[set_name], study.config.data.context_trs
-    runs = whole_runs(study.shards, spans, study.streams, study.scaling, context=context)
-    for batch in watched(runs, f"scoring {set_name}", len(spans)):
-        batch = batch.to(device)
-        valid = batch.cut(batch.scored()).mask[:, None, :] & batch.subject_mask[:, :, None]
-        for name, (prediction, target) in predictor.predict(batch).items():
-            accumulators.setdefault(name, PearsonR(*size)).update(prediction, target, valid)
-        if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
-            run_loss, run_count = predictor.loss(batch)
-            loss, count = loss + run_loss, count + run_count
-    correlations = {name: accumulator.compute() for name, accumulator in accumulators.items()}
-    return SetScores(correlations, loss / count if count else None)
+@dataclass(frozen=True)
+class RunScores:
+    """What one run adds to the scores of its set.
+
+    pairs: what was seen of every pair that the predictor gives.
+    loss, count: stage 2's loss, summed over `count` valid (subject, TR) pairs; 0, 0 where there is none.
+    """
+
+    pairs: dict[str, PearsonR]
+    loss: float
+    count: int
+
+
+def score_set(predictor: Predictor, study: Study, set_name: str, processes: Ranks) -> SetScores:
+    """Score a predictor over all TRs of a set, on all ranks; every rank gets the scores.
+
+    The ranks share the runs. Each run has sums of its own, in one process too, and they are merged in the order of the
+    runs: the scores are the same to the bit for any number of ranks.
+
+    Raises:
+        InputError: on every rank, where a shard cannot be read.
+    """
+    spans = study.spans[set_name]
+
+    def score_share() -> list[RunScores]:
+        batches = whole_runs(
+            study.shards, spans, study.streams, study.scaling,
+            context=study.config.data.context_trs, rank=processes.rank, world=processes.world,
+        )  # fmt: skip
+        runs = shown(processes, batches, f"scoring {set_name}", len(spans))
+        return [_score_run(predictor, batch.to(processes.device)) for batch in runs]
+
+    return _merge(in_order(processes, score_share))
+
+
+def _score_run(predictor: Predictor, batch: Batch) -> RunScores:
+    """The sums of one run."""
+    scored = batch.cut(batch.scored())
+    valid = scored.mask[:, None, :] & scored.subject_mask[:, :, None]
+    pairs = {}
+    for name, (prediction, target) in predictor.predict(batch).items():
+        pairs[name] = PearsonR(*target.shape[1::2])
+        pairs[name].update(prediction, target, valid)
+    if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
+        return RunScores(pairs, *predictor.loss(batch))
+    return RunScores(pairs, 0.0, 0)
+
+
+def _merge(runs: Sequence[RunScores]) -> SetScores:
+    """The scores of the runs of a set, which are taken in one after the other."""
+    correlations = {}
+    for name, first in runs[0].pairs.items():
+        whole = PearsonR(*first.mean_x.shape)
+        for run in runs:
+            whole.merge(run.pairs[name])
+        correlations[name] = whole.compute()
+    count = sum(run.count for run in runs)
+    return SetScores(correlations, sum(run.loss for run in runs) / count if count else None)
 
 
 def write_scores(

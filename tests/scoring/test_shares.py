@@ -1,0 +1,47 @@
+"""What ranks share comes back in order, and nobody waits for a rank that has failed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.ranks import ThreadRank, on_ranks
+from trainer.errors import InputError
+from trainer.scoring import shares
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_results_come_back_in_the_order_of_the_items_on_every_rank(items: list[int], world: int) -> None:
+    def work(rank: ThreadRank) -> list[int]:
+        return shares.in_order(rank, lambda: [-item for item in rank.share(items)])
+
+    wanted = [-item for item in items]
+    assert on_ranks(world, work) == [wanted] * world
+    alone = shares.OneProcess(torch.device("cpu"))
+    assert shares.in_order(alone, lambda: [-item for item in alone.share(items)]) == wanted
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_an_input_error_of_one_rank_is_raised_on_all(failing: int) -> None:
+    def work(rank: ThreadRank) -> str:
+        def share() -> list[int]:
+            if rank.rank == failing:
+                raise InputError("shard-00000.tar", "damaged")
+            return [rank.rank]
+
+        with pytest.raises(InputError) as raised:
+            shares.in_order(rank, share)
+        return str(raised.value)
+
+    assert on_ranks(3, work) == ["shard-00000.tar: damaged"] * 3
+
+
+def test_only_the_main_process_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+    monkeypatch.setattr(shares, "watched", lambda items, title, total: bars.append((title, total)) or items)
+    seen = on_ranks(3, lambda rank: list(shares.shown(rank, iter([rank.rank]), "scoring val", 7)))
+    assert seen == [[0], [1], [2]]
+    assert bars == [("scoring val", 3)]
