@@ -111,9 +111,7 @@ spans_strategy = st.lists(
     min_size=1,
     max_size=12,
 ).map(
-    lambda drawn: [
-        Span(i, start, start + length, (True, *others)) for i, (start, length, others) in enumerate(drawn)
-    ]
+    lambda drawn: [Span(i, start, start + length, (True, *others)) for i, (start, length, others) in enumerate(drawn)]
 )
 
 

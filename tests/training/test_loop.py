@@ -202,9 +202,9 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path: Path)
 def test_too_many_of_them_in_a_row_end_the_training_and_name_the_last_good_checkpoint(tmp_path: Path) -> None:
     phase = a_phase(tmp_path, total=100)
     phase.model = phase.objective = Breaks(*range(1, 20))
-    with pytest.raises(FloatingPointError, match=r"25 steps in a row.* last good checkpoint: .*step_000000\d\d") as error:
+    expected = r"of 25 steps in a row, up to step 30, were not finite.* last good checkpoint: .*step_00000028"
+    with pytest.raises(FloatingPointError, match=expected):
         run(phase, config=a_config(every_steps=4).model_copy(update={"log_every": 1000}))
-    assert "up to step 50" in str(error.value) or "up to step 30" in str(error.value)
 
 
 def test_a_resume_goes_on_with_adams_own_count_and_the_number_of_skipped_steps(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,24 @@ OPTIONS = [
     f"stage2.max_steps={STEPS}", "stage2.epochs=100", "stage2.decoder.dropout=0.2", "stage2.cross_fit=0",
     "stage2.snapshot_every_epochs=100", "stage2.ema=0.9",
 ]  # fmt: skip
-HALF = ["stage1.max_steps=25", "--stage", "1"]
+STAGE_1 = ["--stage", "1"]
+HALF = ["stage1.max_steps=25", *STAGE_1]
+
+
+def a_training(folder: Path, shards: Path, name: str, *more: str, zero: int | None = None) -> list[object]:
+    """One entry of the list that tests/trainings.py reads."""
+    config = str(ROOT / "configs" / "debug.yaml")
+    return [zero, ["train", "--config", config, "--run", str(folder / name), f"data.shards={shards}", *OPTIONS, *more]]
+
+
+def launch(world: int, trainings: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ["-m", "tests.trainings", str(trainings)]
+    done = subprocess.run(
+        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def losses(stage: StageDirectory) -> list[float]:
@@ -46,36 +64,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     """A folder with all runs: one process is this one, two are one launch."""
     folder = tmp_path_factory.mktemp("worlds")
 
-    def a_training(name: str, *more: str, zero: int | None = None) -> list[object]:
-        config = str(ROOT / "configs" / "debug.yaml")
-        arguments = ["train", "--config", config, "--run", str(folder / name), f"data.shards={tiny_shards}"]
-        return [zero, [*arguments, *OPTIONS, *more]]
-
+    training = partial(a_training, folder, tiny_shards)
     in_two = "gradient_accumulation_steps=2"
-    alone = [a_training("one"), a_training("one_in_two", in_two)]
-    alone += [a_training(name, *HALF) for name in ("one_to_zero2", "one_to_ddp")]
+    alone = [training("one"), training("one_in_two", in_two)]
+    alone += [training(name, *HALF) for name in ("one_to_zero2", "one_to_ddp", "one_twice")]
+    alone += [training("one_twice", "--resume", *STAGE_1)]
     (folder / "alone.json").write_text(json.dumps(alone))
     assert run_here(folder / "alone.json") == 0
 
     pairs = [
-        a_training("ddp"),
-        a_training("ddp_in_two", in_two),
-        a_training("one_to_ddp", "--stage", "1", "--resume"),
-        a_training("zero1", zero=1),
-        a_training("zero2", zero=2),
-        a_training("zero2_in_two", in_two, zero=2),
-        a_training("zero2_to_ddp", *HALF, zero=2),
-        a_training("one_to_zero2", "--stage", "1", "--resume", zero=2),
-        a_training("zero2_to_ddp", "--stage", "1", "--resume"),
+        training("ddp"),
+        training("ddp_in_two", in_two),
+        training("one_to_ddp", "--resume", *STAGE_1),
+        training("ddp_twice", *HALF),
+        training("ddp_twice", "--resume", *STAGE_1),
+        training("zero1", zero=1),
+        training("zero2", zero=2),
+        training("zero2_in_two", in_two, zero=2),
+        training("zero2_to_ddp", *HALF, zero=2),
+        training("one_to_zero2", "--resume", *STAGE_1, zero=2),
+        training("zero2_to_ddp", "--resume", *STAGE_1),
     ]
     (folder / "pairs.json").write_text(json.dumps(pairs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = ["tests.trainings", str(folder / "pairs.json")]
-    done = subprocess.run(
-        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch(2, folder / "pairs.json")
     return folder
 
 
@@ -114,3 +125,24 @@ def test_two_ranks_write_each_line_and_score_once(runs: Path) -> None:
         assert len(keys) == len(set(keys)) > STEPS
         weights = checkpoint.load(checkpoint.folder_of(stage.checkpoints, STEPS)).model
         assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+def same_bits(one: StageDirectory, other: StageDirectory) -> bool:
+    first, second = (checkpoint.load(checkpoint.folder_of(stage.checkpoints, STEPS)) for stage in (one, other))
+    pairs = [(first.model, second.model), (first.moments, second.moments)]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("whole", "twice"), [("one", "one_twice"), ("ddp", "ddp_twice")])
+def test_deterministic_resumes_repeat_every_bit(runs: Path, whole: str, twice: str) -> None:
+    assert same_bits(RunDirectory(runs / whole).stage(1), RunDirectory(runs / twice).stage(1))
+
+
+@pytest.mark.slow
+def test_deterministic_resumes_repeat_every_bit_on_4_ranks(tmp_path: Path, tiny_shards: Path) -> None:
+    training = partial(a_training, tmp_path, tiny_shards)
+    trainings = [training("whole", *STAGE_1), training("twice", *HALF), training("twice", "--resume", *STAGE_1)]
+    (tmp_path / "list.json").write_text(json.dumps(trainings))
+    launch(4, tmp_path / "list.json")
+    assert same_bits(RunDirectory(tmp_path / "whole").stage(1), RunDirectory(tmp_path / "twice").stage(1))

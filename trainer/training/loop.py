@@ -37,6 +37,8 @@ from trainer.training.update import make_update
 
 MOST_SKIPPED = 25
 """Steps in a row whose gradient is not finite, after which a training is given up."""
+CHECK_EVERY = 5
+"""Steps between two looks at their number: a look waits for the device."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Training:
         self.boundary = Boundary(processes)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=processes.device)  # in all; in a row
         self.step = self._restore() if resume else 0
-        scored = checkpoint.qualities(phase.directory.read_scores(), phase.val_set_name)
+        scored = processes.first(lambda: checkpoint.qualities(phase.directory.read_scores(), phase.val_set_name))
         self.history = [(step, value) for step, value in scored.items() if step <= self.step]
         self.saved_at = time.monotonic()
         self.tally = Tally()
@@ -162,7 +164,6 @@ class Training:
                 if self.step % self.config.log_every == 0 or self.step == self.phase.total_steps:
                     self._report(bar, tracker)
                 self._keep()
-        self.writer.wait()
         return self.step
 
     def _is_done(self) -> bool:
@@ -213,17 +214,17 @@ class Training:
         agreed = self.boundary.agreed()
         validates, ends = self._validates_here(), self.step == self.phase.total_steps
         needed = validates or ends or bool(agreed.signum)
-        if self.step % min(self.config.log_every, MOST_SKIPPED) == 0 or needed:
+        if self.step % CHECK_EVERY == 0 or needed:
             self._check_finite()
         if needed or agreed.save or (every and self.step % every == 0):
             self._save(needed=needed)
-        if agreed.signum:
-            self.writer.wait()
-            self.watch.stop.leave(self.step, agreed.signum)
-        if validates:
+        if validates and not agreed.signum:
             self._validate()
+        if needed:
             self.writer.wait()
             self._prune()
+        if agreed.signum:
+            self.watch.stop.leave(self.step, agreed.signum)
 
     def _save(self, *, needed: bool) -> None:
         """Copy what a resume needs on all processes, and let the main one write it while the training goes on."""
@@ -277,6 +278,7 @@ class Training:
         """Raise FloatingPointError after too many steps in a row without a finite gradient, on every process."""
         row = int(self.skipped[1])
         if row >= min(MOST_SKIPPED, self.phase.total_steps):
+            self.writer.wait()
             known = checkpoint.steps(self.phase.directory.checkpoints)
             last = checkpoint.folder_of(self.phase.directory.checkpoints, known[-1]) if known else "none"
             raise FloatingPointError(
