@@ -103,7 +103,7 @@ class Predictions(Mapping[int, np.ndarray]):
         The ranks share the samples. The anchors' weights must be the same on all of them.
 
         Raises:
-            InputError: on every rank, where a shard cannot be read.
+            InputError, OSError: on every rank, where one cannot read a shard, or write a file.
         """
         # one look at the disk for all: a rank that looked later would see the files of a faster one, and deal otherwise
         missing = processes.first(lambda: self._missing(parts))
