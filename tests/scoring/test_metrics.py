@@ -64,6 +64,7 @@ def test_a_missing_subject_is_left_out_of_the_mean_not_read_as_zero() -> None:
     assert np.isnan(Correlation(r, np.zeros(3, int), 0).overall)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1e4])
 def test_constant_parcels_have_r_0_and_are_counted(value: float) -> None:
     x, y = windows(np.random.default_rng(1), 50)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,18 +27,22 @@ def test_results_come_back_in_the_order_of_the_items_on_every_rank(items: list[i
 
 
 @pytest.mark.parametrize("failing", [0, 2])
-def test_an_input_error_of_one_rank_is_raised_on_all(failing: int) -> None:
+@pytest.mark.parametrize(
+    "error", [InputError("shard-00000.tar", "damaged"), OSError(errno.ENOSPC, "No space left on device", "01.npy")]
+)
+def test_an_error_of_one_rank_is_raised_on_all(failing: int, error: Exception) -> None:
     def work(rank: ThreadRank) -> str:
         def share() -> list[int]:
             if rank.rank == failing:
-                raise InputError("shard-00000.tar", "damaged")
+                raise error
             return [rank.rank]
 
-        with pytest.raises(InputError) as raised:
+        with pytest.raises(type(error)) as raised:
             shares.in_order(rank, share)
+        assert (raised.value is error) == (rank.rank == failing)
         return str(raised.value)
 
-    assert on_ranks(3, work) == ["shard-00000.tar: damaged"] * 3
+    assert on_ranks(3, work) == [str(error)] * 3
 
 
 def test_only_the_main_process_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:

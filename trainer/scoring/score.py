@@ -97,7 +97,7 @@ def score_set(predictor: Predictor, study: Study, set_name: str, processes: Rank
     runs: the scores are the same to the bit for any number of ranks.
 
     Raises:
-        InputError: on every rank, where a shard cannot be read.
+        InputError: on every rank, where one cannot read a shard.
     """
     spans = study.spans[set_name]
 

@@ -45,7 +45,7 @@ class Ranks(Protocol):
         """The items that this rank is dealt: every world-th from its own number on."""
 
     def first(self, action: Callable[[], Item]) -> Item:
-        """Let the main process act while the others wait; all get its value, or raise its InputError."""
+        """Let the main process act while the others wait; all get its value, or raise its error."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,18 @@ def in_order(processes: Ranks, work: Callable[[], Sequence[Item]]) -> list[Item]
     `work` gives one result for each of the rank's items, none where there are fewer items than ranks.
 
     Raises:
-        InputError: on every rank, where `work` raised it on one: none waits for a rank that has gone.
+        InputError, OSError: on every rank, where `work` raised it on one: none waits for a rank that has gone.
     """
-    outcome: Sequence[Item] | InputError
+    outcome: Sequence[Item] | InputError | OSError
     try:
         outcome = work()
-    except InputError as error:
+    except (InputError, OSError) as error:
         outcome = error
     dealt: list[Sequence[Item]] = []
-    for gathered in processes.gather_objects(outcome):
-        if isinstance(gathered, InputError):
-            raise gathered
-        dealt.append(gathered)
+    for found in processes.gather_objects(outcome):
+        if isinstance(found, InputError | OSError):
+            raise outcome if isinstance(outcome, Exception) else found  # its own, where it has one, with the traceback
+        dealt.append(found)
     return [dealt[i % len(dealt)][i // len(dealt)] for i in range(sum(map(len, dealt)))]
 
 
