@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         help="sets (default: all not trained on)",
     )
     evaluate.set_defaults(run_command=_evaluate)
+
+    status = commands.add_parser("status", help="say how far a run is, and who trains it")
+    status.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    status.set_defaults(run_command=_status)
     return parser
 
 
@@ -86,4 +90,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if not stages:
         raise InputError(arguments.run, "holds no training", expected="a run directory with stage1/")
     evaluate(run, stages, arguments.step, arguments.sets)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from trainer.run.directory import RunDirectory
+    from trainer.run.status import show
+
+    for line in show(RunDirectory(arguments.run)):
+        print(line, flush=True)
     return 0

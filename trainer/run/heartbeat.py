@@ -63,7 +63,8 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     if beat.get("start") == number:
         return dict(beat)
     start = read_json(folder / "starts" / f"{number}.json")
-    return {"step": 0, "total": 0, "title": "", **asdict(Owner.read(start)), "start": number, "count": 0}
+    begun = {"step": 0, "total": 0, "title": "", "time": start.get("time", 0.0), "start": number, "count": 0}
+    return {**begun, **asdict(Owner.read(start))}
 
 
 def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] | None:
