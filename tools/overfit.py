@@ -33,8 +33,8 @@ from trainer.scoring.metrics import PearsonR
 from trainer.scoring.predictor import Items, load_anchor, shapes_of
 from trainer.scoring.shares import OneProcess
 from trainer.training import crossfit
-from trainer.training.loop import adamw
-from trainer.training.stages import FlowObjective
+from trainer.training.adam import adamw
+from trainer.training.phases import FlowObjective
 
 LAST = 20
 EVERY = 25
@@ -110,11 +110,11 @@ def memorise(flow: FlowMatching, batch: Batch, config: Config, steps: int) -> li
     """Losses of `steps` steps on the batch, with new noise and times at each."""
     objective = FlowObjective(flow, config.seed)
     optimizer = adamw(flow, config.stage2.model_copy(update={"weight_decay": 0.0}))
+    terms = int((batch.mask.sum(1) * batch.subject_mask.sum(1)).sum())
     losses = []
     flow.train()
     for step in range(steps):
-        total, count = objective(batch, epoch=step)
-        loss = total / count
+        loss = objective(batch, step, terms)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

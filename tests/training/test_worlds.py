@@ -23,8 +23,8 @@ from trainer.run.directory import RunDirectory, StageDirectory
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 50
 OPTIONS = [
-    "log_every=1", "batch_size=8", "num_samples=80", "checkpoint.every_steps=null", "tracker=none", "deterministic=true",
-    f"stage1.max_steps={STEPS}", "stage1.epochs=100", "stage1.model.hidden_model=transformer",
+    "log_every=1", "batch_size=8", "num_samples=80", "checkpoint.every_steps=null", "tracker=none",
+    "deterministic=true", f"stage1.max_steps={STEPS}", "stage1.epochs=100", "stage1.model.hidden_model=transformer",
     "stage1.model.transformer={num_heads: 2, depth: 1}", "stage1.model.dropout=0.2", "stage1.clip_grad_norm=0.05",
     f"stage2.max_steps={STEPS}", "stage2.epochs=100", "stage2.decoder.dropout=0.2", "stage2.cross_fit=0",
     "stage2.snapshot_every_epochs=100", "stage2.ema=0.9",

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from tools.benches import ROOT, Row, below, in_turns
-from tools.benches.data import WIDTHS, make_data
+from tools.benches.data import make_data
 from tools.make_shards import main as make_shards
 from tools.make_synthetic import main as make_synthetic
 from trainer.run import checkpoint
