@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 -m tests.trainings LIST.json
 
-LIST.json: [[ZeRO stage or null, [arguments of `python -m trainer`]], ...]. Ends with the first status that is not 0.
+LIST.json: [[ZeRO stage or null, [arguments of `python -m trainer`]], ...]; those with ZeRO come last, since DeepSpeed
+leaves its mark on the process. Ends with the first status that is not 0.
 """
 
 from __future__ import annotations

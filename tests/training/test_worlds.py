@@ -65,28 +65,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     folder = tmp_path_factory.mktemp("worlds")
 
     training = partial(a_training, folder, tiny_shards)
-    in_two = "gradient_accumulation_steps=2"
+    in_two, resume = "gradient_accumulation_steps=2", ("--resume", *STAGE_1)
     alone = [training("one"), training("one_in_two", in_two)]
-    alone += [training(name, *HALF) for name in ("one_to_zero2", "one_to_ddp", "one_twice")]
-    alone += [training("one_twice", "--resume", *STAGE_1)]
-    (folder / "alone.json").write_text(json.dumps(alone))
-    assert run_here(folder / "alone.json") == 0
-
-    pairs = [
+    alone += [training("one_twice", *HALF), training("one_twice", *resume), training("one_to_ddp", *HALF)]
+    with_ddp = [
         training("ddp"),
         training("ddp_in_two", in_two),
-        training("one_to_ddp", "--resume", *STAGE_1),
         training("ddp_twice", *HALF),
-        training("ddp_twice", "--resume", *STAGE_1),
+        training("ddp_twice", *resume),
+        training("one_to_ddp", *resume),
+        training("ddp_to_zero2", *HALF),
+    ]
+    with_zero = [
         training("zero1", zero=1),
         training("zero2", zero=2),
         training("zero2_in_two", in_two, zero=2),
-        training("zero2_to_ddp", *HALF, zero=2),
-        training("one_to_zero2", "--resume", *STAGE_1, zero=2),
-        training("zero2_to_ddp", "--resume", *STAGE_1),
+        training("ddp_to_zero2", *resume, zero=2),
+        training("zero2_to_one", *HALF, zero=2),
     ]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "before.json").write_text(json.dumps(alone))
+    (folder / "pairs.json").write_text(json.dumps(with_ddp + with_zero))
+    (folder / "after.json").write_text(json.dumps([training("zero2_to_one", *resume)]))
+    assert run_here(folder / "before.json") == 0
     launch(2, folder / "pairs.json")
+    assert run_here(folder / "after.json") == 0
     return folder
 
 
@@ -109,7 +111,7 @@ def test_losses_scores_and_weights_do_not_depend_on_who_computes(runs: Path, oth
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one_to_zero2", "one_to_ddp", "zero2_to_ddp"])
+@pytest.mark.parametrize("name", ["one_to_ddp", "ddp_to_zero2", "zero2_to_one"])
 def test_a_run_goes_on_on_another_number_of_processes_and_under_another_launcher(runs: Path, name: str) -> None:
     whole, resumed = (RunDirectory(runs / folder).stage(1) for folder in ("one", name))
     assert len(list((resumed.path / "starts").iterdir())) == 2
