@@ -89,17 +89,23 @@ class Hearsay:
         """The last step that is known of a rank."""
         return self._heard[rank][0].step if rank in self._heard else None
 
-    def behind(self, position: tuple[int, int], now: float) -> list[str]:
-        """The ranks that one at (training, step) may wait for: failed ones, then silent ones, then slower ones."""
-        failed, silent, slow = [], [], []
+    def lost(self, now: float) -> list[str]:
+        """The ranks that failed, then those that are silent, with their last known step."""
+        failed, silent = [], []
         for _, (news, since) in sorted(self._heard.items()):
             if news.error:
                 failed.append(f"{news} failed after step {news.step}: {news.error}")
             elif now - since > SILENT_SECONDS:
-                silent.append(f"{news} is silent since step {news.step}")
-            elif (news.training, news.step) < position:
-                slow.append(f"{news} is at step {news.step}")
-        return failed + silent + slow
+                silent.append(f"{news} is silent, and last told of step {news.step}")
+        return failed + silent
+
+    def slow(self, training: int, step: int, now: float) -> list[str]:
+        """The ranks that live and are less far than this step; news are a moment old."""
+        return [
+            f"{news} is at step {news.step}"
+            for _, (news, since) in sorted(self._heard.items())
+            if not news.error and now - since <= SILENT_SECONDS and (news.training, news.step) < (training, step)
+        ]
 
 
 class Gossip:
@@ -132,14 +138,18 @@ class Gossip:
         self._soon.set()
         self._told.wait(NEWS_SECONDS)
 
-    def behind(self) -> list[str]:
-        """The ranks that this one may be waiting for, with what is known of them."""
-        known = self._hearsay.behind((self._training, self.step), self._answered)
+    def lost(self) -> list[str]:
+        """The ranks that are no more, with what is known of them."""
+        known = self._hearsay.lost(self._answered)
         if time.monotonic() - self._answered > SILENT_SECONDS:
             host, step = os.environ.get("MASTER_ADDR"), self._hearsay.step_of(0)
-            last = "" if step is None else f", and rank 0 was at step {step} when it last did"
+            last = "" if step is None else f", and rank 0 last told of step {step}"
             known.append(f"the store at {host}, which ends with rank 0 or its launcher, does not answer{last}")
         return known
+
+    def slow(self) -> list[str]:
+        """The ranks that are less far than this one."""
+        return self._hearsay.slow(self._training, self.step, self._answered)
 
     def close(self) -> None:
         """End the thread, or leave it where the store does not answer."""
@@ -228,7 +238,8 @@ class Watchdog:
 
     def _end(self) -> NoReturn:
         """Say what is known and end this process and its children, whatever it waits for."""
-        print(f"watchdog: {self._place()}: no progress for {self._timeout_s:g} s. {self._known()}", file=sys.stderr)
+        known = _named(self._gossip.lost() + self._gossip.slow()) if self._gossip else ""
+        print(f"watchdog: {self._place()}: no progress for {self._timeout_s:g} s. {known}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
         faulthandler.dump_traceback(all_threads=True)
@@ -244,9 +255,9 @@ class Watchdog:
             with _deaf_to(signal.SIGTERM):
                 gossip.listen()
                 until = time.monotonic() + LISTEN_SECONDS
-                while not gossip.behind() and time.monotonic() < until:
+                while not gossip.lost() and time.monotonic() < until:
                     time.sleep(NEWS_SECONDS / 10)
-                note += f". {self._known()}"
+                note += f". {_named(gossip.lost())}"
                 print(f"{note} ({text})", file=sys.stderr, flush=True)
         else:
             gossip.confess(text)
@@ -256,15 +267,13 @@ class Watchdog:
         processes = self._processes
         return f"rank {processes.rank} of {processes.world} on {processes.host}, after step {self._step}"
 
-    def _known(self) -> str:
-        """What is known of the other ranks, as a sentence."""
-        if self._gossip is None:
-            return ""
-        behind = self._gossip.behind()
-        if not behind:
-            return "No rank is known to be behind; the stacks of all say who waits for whom."
-        more = f"; and {len(behind) - NAMED} more" if len(behind) > NAMED else ""
-        return f"Behind: {'; '.join(behind[:NAMED])}{more}."
+
+def _named(ranks: list[str]) -> str:
+    """What is known of the ranks that are waited for, as a sentence."""
+    if not ranks:
+        return "No rank is known to be behind; the stacks of all say who waits for whom."
+    more = f"; and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"Behind: {'; '.join(ranks[:NAMED])}{more}."
 
 
 @contextlib.contextmanager
