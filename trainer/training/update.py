@@ -131,7 +131,7 @@ class Sharded(Update):
         for group, master in enumerate(zero.single_partition_of_fp32_groups):
             rank = torch.distributed.get_rank(group=zero.real_dp_process_group[group])
             master.data = zero.parallel_partitioned_bit16_groups[group][rank].data
-        zero._link_all_hp_params()
+        zero._link_all_hp_params()  # else its notes of where the copies lie would keep them in memory
 
     def _tell_loss_scale(self) -> None:
         if self._loss_scale.dynamic:
@@ -168,6 +168,11 @@ class Sharded(Update):
         whole = [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
         parts = [self._zero.averaged_gradients, self._zero.all_grad_tensors]
         return whole + [gradient for part in parts for group in part.values() if group for gradient in group]
+
+    def masters(self) -> list[Tensor]:
+        """See `Update`; DeepSpeed's notes of where each parameter's master lies hold memory, too."""
+        places = [getattr(parameter, "_hp_mapping", None) for _, parameter in self._trained()]
+        return super().masters() + [place.hp_fragment for place in places if place is not None]
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
