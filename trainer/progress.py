@@ -13,6 +13,8 @@ Item = TypeVar("Item")
 Tick = Callable[[str], None]
 """Called with the name of each piece of work that is done."""
 
+_listeners: list[Callable[[], None]] = []
+
 
 def silent(_: str) -> None:
     """The tick of work that nobody watches."""
@@ -36,9 +38,23 @@ def progress(total: int, unit: str) -> Iterator[Tick]:
         yield tick
 
 
-def watched(items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """The items, with a bar that goes away; for work whose results are lines of their own."""
-    return iter(tqdm(items, desc=title, total=total, leave=False, disable=not sys.stderr.isatty()))
+def watched(items: Iterable[Item], title: str, total: int, *, visible: bool = True) -> Iterator[Item]:
+    """The items, with a bar that goes away; for work whose results are lines of their own. Listeners hear of each."""
+    bar = tqdm(items, desc=title, total=total, leave=False, disable=not (visible and sys.stderr.isatty()))
+    for item in bar:
+        yield item
+        for listener in _listeners:
+            listener()
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[], None]) -> Iterator[None]:
+    """Inside the `with` block `listener` is called for every piece of watched work that is done."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def say(line: str) -> None:

@@ -19,17 +19,30 @@ from pathlib import Path
 import torch
 
 from tools.benches import ROOT, Row, below, in_turns
-from tools.benches.data import make_data
+from tools.benches.data import WIDTHS, make_data
 from tools.make_shards import main as make_shards
 from tools.make_synthetic import main as make_synthetic
+from trainer.config import load_config
+from trainer.data.batches import Batch
+from trainer.models.build import Shapes, build_anchor
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
+from trainer.run.files import write_json
+from trainer.run.processes import make_processes
+from trainer.training.phases import AnchorObjective
+from trainer.training.update import make_update, state_bytes
 
 STEPS = 200
 KILLS = {1: 20, 2: 5}
 PATIENCE_S = 300.0
 LARGE = ["stage1.model.embed_dim=768", "stage1.model.transformer={depth: 8, num_heads: 12}"]
 """configs/large.yaml cut down to 71 M parameters, so that two ranks fit on a workstation."""
+ZERO_2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+}
+"""What `accelerate launch` with a DeepSpeed file tells its processes."""
 
 
 def measure(scratch: Path) -> list[Row]:
@@ -128,6 +141,45 @@ def speed_rows(scratch: Path) -> list[Row]:
     ]  # fmt: skip
 
 
+def state_rows(scratch: Path) -> list[Row]:
+    """Bytes of gradients and of Adam's state that a rank of two holds between backward and step, DDP and ZeRO-2."""
+    held = {}
+    for name, extra in {"ddp": {}, "zero2": ZERO_2}.items():
+        out = scratch / f"{name}.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+        environment = {**os.environ, **extra, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "tools.benches.train", str(out)], env=environment, timeout=PATIENCE_S, check=True)
+        held[name] = json.loads(out.read_text())
+    total = {name: sum(sizes.values()) / 1e6 for name, sizes in held.items()}
+    ratio = total["zero2"] / total["ddp"]
+    return [
+        Row("optimizer state and gradients of a rank, ZeRO-2 against DDP", total["zero2"], "MB", total["ddp"], ratio,
+            goal="ratio <= 0.6", met=ratio <= 0.6),
+    ]  # fmt: skip
+
+
+def hold_state(out: Path) -> None:
+    """One backward of configs/large.yaml, cut down, on this rank of two; the main one writes what it holds."""
+    processes = make_processes(precision="no", deterministic=False, timeout_s=PATIENCE_S)
+    assert processes.world == 2
+    config = load_config(ROOT / "configs" / "large.yaml", LARGE)
+    streams = [(name, 1, width) for name, width in zip(config.include_features, WIDTHS, strict=True)]
+    anchor = build_anchor(config.stage1.model, Shapes(streams, ["1", "2", "3", "5"], 1000))
+    objective = AnchorObjective(anchor, seed=0)
+    update = make_update(anchor, objective, config.stage1, processes, precision="no")
+    features = [torch.randn(1, 8, width) for width in WIDTHS]
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    present = torch.ones(1, 4, dtype=torch.bool)
+    batch = Batch(features, torch.randn(1, 4, 8, 1000), mask, mask, present, torch.tensor([processes.rank]))
+    for _ in range(2):  # from the second step on, nothing is made for the first time
+        with update.micro_batch(last=True):
+            update.backward(update.objective(batch.to(processes.device), 0, 64))
+        held = state_bytes(update)
+        update.step(1e-4)
+    if processes.is_main:
+        write_json(out, held)
+
+
 def write_config(scratch: Path, shards: Path) -> str:
     """Stage 1 at the published widths, 150 steps, on the bench's random data."""
     runs = "[run0*]"
@@ -157,7 +209,7 @@ def start(config: str, run: Path, world: int, options: Sequence[str]) -> subproc
     arguments = ["trainer", "train", "--config", file, "--run", str(run), "--stage", "1", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -165,3 +217,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     _, error = process.communicate(timeout=2 * PATIENCE_S)
     if process.returncode:
         raise RuntimeError(f"a training ended with status {process.returncode}: {error.decode()[-2000:]}")
+
+
+if __name__ == "__main__":
+    hold_state(Path(sys.argv[1]))

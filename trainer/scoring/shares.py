@@ -93,4 +93,4 @@ def in_order(processes: Ranks, work: Callable[[], Sequence[Item]]) -> list[Item]
 
 def shown(processes: Ranks, items: Iterable[Item], title: str, total: int) -> Iterable[Item]:
     """This rank's items; the main process shows how far it is with its share of `total`."""
-    return watched(items, title, len(processes.share(range(total)))) if processes.is_main else items
+    return watched(items, title, len(processes.share(range(total))), visible=processes.is_main)

@@ -18,7 +18,7 @@ from trainer.data.plan import micro_batches
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.build import build_anchor, build_flow
-from trainer.progress import say
+from trainer.progress import listening, say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.heartbeat import Heartbeat
@@ -54,7 +54,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     where = study.reside(processes.device)
     if processes.is_main:
         say(where)
-    with StopRequest() as stop, Watchdog(processes, config.timeout_s) as watchdog:
+    with StopRequest() as stop, Watchdog(processes, config.timeout_s) as watchdog, listening(watchdog.alive):
         job = Job(config, study, run, processes, stop, watchdog, resume)
         for number in stages:
             _train_stage(job, number)
