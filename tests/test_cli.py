@@ -281,3 +281,52 @@ def test_context_changes_training_and_scores_and_still_resumes(
     scores = [json.loads(path.read_text()) for path in (tmp_path / "c").rglob("scores/*-test-mean.json")]
     expected = [json.loads(path.read_text()) for path in debug_run.rglob("scores/*-test-mean.json")]
     assert len(scores) == 2 and {s["n_trs"] for s in scores} == {s["n_trs"] for s in expected}
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_cost_no_bit(debug_config: Path, tiny_shards: Path, tmp_path: Path) -> None:
+    options = ["stage1.max_steps=120", "stage1.epochs=99", "checkpoint.every_steps=2", "log_every=1", "tracker=none"]
+    arguments = ["train", "--config", str(debug_config), "--stage", "1", f"data.shards={tiny_shards}", *options]
+    assert main([*arguments, "--run", str(tmp_path / "whole")]) == 0
+    run = tmp_path / "part"
+    log = run / "stage1" / "logs" / "metrics.jsonl"
+    for target in (17, 58, 101):
+        process = launch(*arguments, "--run", str(run), "--resume")
+        deadline = time.monotonic() + 120
+        while not (log.exists() and f'"step": {target},' in log.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.001)
+        time.sleep(0.0007 * target)  # before, while and after a checkpoint is written
+        process.kill()
+        process.communicate(timeout=60)
+    assert main([*arguments, "--run", str(run), "--resume"]) == 0
+    expected = weights(tmp_path / "whole" / "stage1")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run / "stage1").items())
+    assert len(list((run / "stage1" / "starts").iterdir())) == 4
+    assert not list((run / "stage1" / "checkpoints").glob(".*"))
+
+
+def test_a_second_training_of_a_run_is_refused_and_status_shows_the_first(
+    debug_config: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "--config", str(debug_config), "--run", str(run), f"data.shards={tiny_shards}"]
+    process = launch(*arguments, "stage1.epochs=100000")
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "stage1" / "heartbeat.json").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        message = refused(capsys, *arguments, "stage1.epochs=100000", "--resume")
+        assert f"process {process.pid} on" in message and "python -m trainer status" in message
+        assert "process" in refused(capsys, *arguments, "--overwrite")
+        assert main(["status", str(run)]) == 0
+        shown = capsys.readouterr().out
+        assert "running" in shown and str(process.pid) in shown and "waiting" in shown
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, output
+        assert main(["status", str(run)]) == 0
+        assert "interrupted" in capsys.readouterr().out
+    finally:
+        process.kill()

@@ -30,13 +30,15 @@ OPTIONS = [
     "stage2.snapshot_every_epochs=100", "stage2.ema=0.9",
 ]  # fmt: skip
 STAGE_1 = ["--stage", "1"]
-HALF = ["stage1.max_steps=25", *STAGE_1]
 
 
-def a_training(folder: Path, shards: Path, name: str, *more: str, zero: int | None = None) -> list[object]:
+def a_training(
+    folder: Path, shards: Path, name: str, *more: str, zero: int | None = None, stop_at: int | None = None
+) -> dict[str, object]:
     """One entry of the list that tests/trainings.py reads."""
-    config = str(ROOT / "configs" / "debug.yaml")
-    return [zero, ["train", "--config", config, "--run", str(folder / name), f"data.shards={shards}", *OPTIONS, *more]]
+    config, run = str(ROOT / "configs" / "debug.yaml"), str(folder / name)
+    arguments = ["train", "--config", config, "--run", run, f"data.shards={shards}", *OPTIONS, *more]
+    return {"arguments": arguments, "zero": zero, "stop_at": stop_at}
 
 
 def launch(world: int, trainings: Path) -> None:
@@ -67,21 +69,25 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
     training = partial(a_training, folder, tiny_shards)
     in_two, resume = "gradient_accumulation_steps=2", ("--resume", *STAGE_1)
     alone = [training("one"), training("one_in_two", in_two)]
-    alone += [training("one_twice", *HALF), training("one_twice", *resume), training("one_to_ddp", *HALF)]
+    alone += [
+        training("one_twice", *STAGE_1, stop_at=23),
+        training("one_twice", *resume),
+        training("one_to_ddp", *STAGE_1, stop_at=23),
+    ]
     with_ddp = [
         training("ddp"),
         training("ddp_in_two", in_two),
-        training("ddp_twice", *HALF),
+        training("ddp_twice", *STAGE_1, stop_at=23),
         training("ddp_twice", *resume),
         training("one_to_ddp", *resume),
-        training("ddp_to_zero2", *HALF),
+        training("ddp_to_zero2", *STAGE_1, stop_at=23),
     ]
     with_zero = [
         training("zero1", zero=1),
         training("zero2", zero=2),
         training("zero2_in_two", in_two, zero=2),
         training("ddp_to_zero2", *resume, zero=2),
-        training("zero2_to_one", *HALF, zero=2),
+        training("zero2_to_one", *STAGE_1, zero=2, stop_at=23),
     ]
     (folder / "before.json").write_text(json.dumps(alone))
     (folder / "pairs.json").write_text(json.dumps(with_ddp + with_zero))
@@ -144,7 +150,11 @@ def test_deterministic_resumes_repeat_every_bit(runs: Path, whole: str, twice: s
 @pytest.mark.slow
 def test_deterministic_resumes_repeat_every_bit_on_4_ranks(tmp_path: Path, tiny_shards: Path) -> None:
     training = partial(a_training, tmp_path, tiny_shards)
-    trainings = [training("whole", *STAGE_1), training("twice", *HALF), training("twice", "--resume", *STAGE_1)]
+    trainings = [
+        training("whole", *STAGE_1),
+        training("twice", *STAGE_1, stop_at=23),
+        training("twice", "--resume", *STAGE_1),
+    ]
     (tmp_path / "list.json").write_text(json.dumps(trainings))
     launch(4, tmp_path / "list.json")
     assert same_bits(RunDirectory(tmp_path / "whole").stage(1), RunDirectory(tmp_path / "twice").stage(1))

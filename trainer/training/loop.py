@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,10 +81,16 @@ class Watch:
     watchdog: Watchdog
 
     def at(self, step: int, total: int, title: str) -> None:
-        """Say how far the training is."""
+        """Say how far the training is.
+
+        Raises:
+            InputError: another start has taken the stage directory over; nothing more may be written there.
+        """
         self.watchdog.alive(step)
         if self.heartbeat is not None:
             self.heartbeat.at(step, total, title)
+            if self.heartbeat.superseded:
+                raise InputError(title, "another start has taken this directory over, as this one showed no life")
 
 
 @dataclass
@@ -324,7 +331,8 @@ class Training:
         return Tracker(kind, self.phase.directory, self.phase.title, facts, self.step)
 
 
-def _newest_step(checkpoints: Any) -> int | None:
+def _newest_step(checkpoints: Path) -> int | None:
+    checkpoint.sweep(checkpoints)
     found = checkpoint.newest_whole(checkpoints, lambda line: print(line, file=sys.stderr))
     return None if found is None else int(found.meta["step"])
 

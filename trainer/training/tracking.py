@@ -13,14 +13,15 @@ def check_tracker(kind: str) -> None:
     """Raise InputError where the package of a tracker is not installed."""
     package = {"wandb": "wandb", "tensorboard": "tensorboard"}.get(kind)
     if package and importlib.util.find_spec(package) is None:
-        raise InputError("tracker", f"{package} is not installed", fix=f"pip install {package}, or tracker=none.")
+        extra = "pip install 'fmri-flow[wandb]'" if kind == "wandb" else "pip install tensorboard"
+        raise InputError("tracker", f"{package} is not installed", fix=f"{extra}, or choose tracker=none.")
 
 
 class Tracker:
     """One curve for each number of a phase, on the main process.
 
     Args:
-        step: where the training goes on: what an earlier start wrote from there on is dropped.
+        step: after which the training goes on: what an earlier start wrote of later ones is dropped.
     """
 
     def __init__(self, kind: str, directory: StageDirectory, title: str, config: dict[str, Any], step: int) -> None:
@@ -31,7 +32,7 @@ class Tracker:
 
         logs = directory.metrics.parent
         if kind == "tensorboard":
-            self._tracker = TensorBoardTracker(run_name="", logging_dir=logs, purge_step=step or None)
+            self._tracker = TensorBoardTracker(run_name="", logging_dir=logs, purge_step=step + 1 if step else None)
         else:
             logs.mkdir(parents=True, exist_ok=True)
             project = directory.path.resolve().parent.name
