@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
@@ -193,21 +192,28 @@ def test_how_a_training_ended_is_said(tmp_path: Path, error: BaseException, stat
     assert json.loads((tmp_path / "heartbeat.json").read_text())["ended"] == {"state": state, "why": why}
 
 
-@pytest.mark.parametrize("how", ["a newer start", "deleted", "deleted and started again"])
-def test_a_training_that_was_taken_for_dead_learns_it_and_writes_no_more(tmp_path: Path, how: str) -> None:
-    folder = tmp_path / "stage1"
-    with Heartbeat(folder, begin(folder, {})) as pulse:
+def test_a_training_that_was_taken_for_dead_learns_it_and_writes_no_more(tmp_path: Path) -> None:
+    with Heartbeat(tmp_path, begin(tmp_path, {})) as pulse:
         assert not pulse.superseded
-        if how == "a newer start":
-            elsewhere(folder, 2)
-        else:
-            folder.rename(tmp_path / "gone")
-            shutil.rmtree(tmp_path / "gone")
-        if how == "deleted and started again":
-            elsewhere(folder, 1)
+        elsewhere(tmp_path, 2)
         until(lambda: pulse.superseded)
-    if how != "deleted":
-        assert json.loads((folder / "heartbeat.json").read_text())["host"] == "node7"
+        elsewhere(tmp_path, 2)
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["host"] == "node7"
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_training_whose_directory_was_deleted_does_not_write_into_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_EVERY_S", 60)  # only the last beat finds it
+    with Heartbeat(tmp_path / "stage1", begin(tmp_path / "stage1", {})) as pulse:
+        (tmp_path / "stage1").rename(tmp_path / "deleted")
+        if again:
+            elsewhere(tmp_path / "stage1", 1)
+    assert pulse.superseded
+    assert (tmp_path / "stage1").exists() == again
+    if again:
+        assert json.loads((tmp_path / "stage1" / "heartbeat.json").read_text())["host"] == "node7"
 
 
 def test_a_full_disk_is_said_once_and_ends_no_training(
