@@ -26,7 +26,7 @@ from trainer.config import OptimisationConfig
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.checkpoint import Checkpoint
-from trainer.training.adam import FIRST_LOSS_SCALE, STEPS_TO_GROW, LossScale, Snapshot, Step, Update
+from trainer.training.adam import FIRST_LOSS_SCALE, STEPS_TO_GROW, LossScale, Snapshot, Step, Update, adamw
 from trainer.training.update import configure, make_update, state_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,6 +173,14 @@ def test_it_is_the_adamw_and_the_clipping_of_torch(micro_batches: int, max_norm:
         torch.testing.assert_close(step.norm, norm, rtol=1e-5, atol=0)
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(update.model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_biases_and_norms_are_not_decayed() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    decayed, free = adamw(model, OptimisationConfig(weight_decay=0.3)).param_groups
+    assert [p is model[0].weight for p in decayed["params"]] == [True]
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    assert len(free["params"]) == 3
 
 
 def test_a_snapshot_is_a_copy_and_names_everything() -> None:
@@ -400,7 +408,8 @@ class Shown:
         }
 
     def float16(self, kind: str) -> None:
-        """Losses that overflow at the third and fourth step, and a restore after the fifth."""
+        """Losses that overflow at steps 2 and 3; a restore before step 5, which would overflow with the first scale."""
+        factors = {2: 1e5, 3: 1e5, 5: 1.4}
         ranks = self.ranks(kind, "fp16")
         update = an_update(ranks)
         skipped, norms = [], []
@@ -409,11 +418,20 @@ class Shown:
                 found = self.keep(update, ranks, f"float16 {kind}", 5)
                 update = an_update(ranks, seed=1)
                 update.restore(found)
-            step, _ = learn(update, ranks, number, factor=lambda rank, k=number: 1e5 if k in (2, 3) else SMALL)
+            step, _ = learn(update, ranks, number, factor=lambda rank, k=number: factors.get(k, SMALL))
             skipped.append(step.skipped.item())
             norms.append(step.norm.item())
         scale = self.keep(update, ranks, f"float16 {kind}", 8).meta["loss_scale"]
         self.lines[f"float16 {kind}"] = {"skipped": skipped, "norm": norms, "scale": scale}
+
+    def only_the_last_is_sent(self) -> None:
+        """Whether DDP would send the gradients of the first and of the last micro-batch."""
+        update = an_update(self.ranks("ddp"))
+        sends = []
+        for last in (False, True):
+            with update.micro_batch(last):
+                sends.append(update.objective.require_backward_grad_sync)
+        self.lines["sends"] = sends
 
     def autocast_within_the_engine(self) -> None:
         ranks = self.ranks("zero2", "bf16")
@@ -451,6 +469,7 @@ def show(out: Path) -> None:
         shown.bytes_held(kind)
     shown.float16("one")
     shown.autocast_within_the_engine()
+    shown.only_the_last_is_sent()
     (out / f"rank{shown.rank}.json").write_text(json.dumps(shown.lines))
 
 
@@ -466,11 +485,16 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     }
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*start, "-m", "tests.training.test_update", str(out)],
-        env=os.environ | settings, cwd=ROOT, timeout=LAUNCH_SECONDS, capture_output=True, text=True,
+        env=os.environ | settings, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    try:
+        printed, _ = process.communicate(timeout=LAUNCH_SECONDS)
+    finally:
+        process.terminate()  # the launcher takes its ranks with it
+        process.wait(timeout=60)
+    assert process.returncode == 0, printed[-8000:]
     return out
 
 
@@ -541,6 +565,11 @@ def test_the_loss_scale_follows_one_rule(shown: Path, kind: str) -> None:
     finite = [k for k in range(8) if k not in (2, 3)]
     expected = [lines["float16 one"]["norm"][k] for k in finite]
     assert [found["norm"][k] for k in finite] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.slow
+def test_ddp_sends_only_what_a_step_needs(shown: Path) -> None:
+    assert lines_of(shown)["sends"] == [False, True]
 
 
 @pytest.mark.slow
