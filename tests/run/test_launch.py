@@ -207,7 +207,7 @@ def test_torchrun_is_one_world_and_a_killed_rank_ends_it(start: Start) -> None:
     assert_of_one_mind(agreed.facts(), "torchrun")
 
     killed = start(torchrun, "go on")
-    until(lambda: any(fact.get("step") for fact in killed.facts()))
+    until(lambda: any(fact.get("step", 0) >= 80 for fact in killed.facts()))
     os.kill(next(fact["pid"] for fact in killed.facts() if fact["rank"] == 1), signal.SIGKILL)
     assert killed.end() == 1
     host = socket.gethostname()
@@ -255,7 +255,7 @@ def test_hung_rank_and_the_one_that_waits_for_it_end_with_a_message(start: Start
 @pytest.mark.slow
 def test_stopped_rank_ends_the_one_that_waits_and_then_itself(start: Start) -> None:
     waiting, stopped = srun(start, "go on")
-    until(lambda: any(fact.get("step") for fact in stopped.facts()))
+    until(lambda: any(fact.get("step", 0) >= 80 for fact in stopped.facts()))
     os.kill(stopped.process.pid, signal.SIGSTOP)
     host = socket.gethostname()
     assert waiting.end() == 1
