@@ -246,6 +246,19 @@ class CheckpointConfig(StrictModel):
     background: bool = Field(True, description="the training goes on while a checkpoint is written")
 
 
+class EvaluateConfig(StrictModel):
+    """How checkpoints are judged, beside Pearson's r."""
+
+    samples: NotNegative = Field(16, description="samples that stage 2's distribution is judged by; 0: it is not")
+    bootstrap: NotNegative = Field(1000, description="resamplings for confidence intervals; 0: none")
+    labels: str | None = Field(
+        None, description="the atlas's label file, a line a parcel: networks are read from the names"
+    )
+    atlas: str | None = Field(
+        None, description="volumes of parcel ids (.nii.gz) for brain maps, with {subject} where the label stands"
+    )
+
+
 class Config(StrictModel):
     """A run: data, both stages, and what is written down about them."""
 
@@ -271,6 +284,7 @@ class Config(StrictModel):
     stage2: Stage2Config = Field(Stage2Config(), description="the flow")
     train: TrainConfig = Field(TrainConfig(), description="around the stages")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="scores (table below)")
     log_every: Positive = Field(25, description="steps between lines of the log")
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="where the lines of the log go too; wandb needs its own package"

@@ -180,11 +180,6 @@ def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> 
     return processes
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """The Accelerator of one process; for the callers that do not hand `Processes` around yet, and ends with them."""
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
-
-
 def _parent() -> Parent:
     """The process that started this one, where it can be read."""
     home = Path("/proc") / str(os.getppid())

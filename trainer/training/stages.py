@@ -83,7 +83,7 @@ def _train_stage(job: Job, number: int) -> None:
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
 _HOW_DATA_ARE_READ = tuple(f"data.{key}" for key in ("num_workers", "prefetch", "residence", "verify", "cache_"))
 _HOW_PROCESSES_SHARE = ("precision", "gradient_accumulation_steps", "deterministic", "timeout_s")
-_HOW_LONG = ("checkpoint.", "log_every", "tracker", "stage1.max_steps", "stage2.max_steps")
+_HOW_LONG = ("checkpoint.", "evaluate.", "log_every", "tracker", "stage1.max_steps", "stage2.max_steps")
 _MAY_CHANGE = (*_HOW_DATA_ARE_READ, *_HOW_PROCESSES_SHARE, *_HOW_LONG)
 
 
