@@ -204,9 +204,10 @@ checkpoint: {{every_steps: null}}
 def start(config: str, run: Path, world: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a training of stage 1 with one thread a process, in a group of its own."""
     file = config if config.endswith(".yaml") else str(ROOT / "configs" / f"{config}.yaml")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m"]
-    command = launcher if world > 1 else [sys.executable, "-m"]
-    arguments = ["trainer", "train", "--config", file, "--run", str(run), "--stage", "1", *options]
+    # the two dashes keep torchrun from taking --run for an abbreviation of an option of its own
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "-m", "trainer", "--"]
+    command = [sys.executable, "-m", *(launcher if world > 1 else ["trainer"])]
+    arguments = ["train", "--config", file, "--run", str(run), "--stage", "1", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen([*command, *arguments], env=environment, start_new_session=True, **quiet)  # type: ignore[call-overload]
