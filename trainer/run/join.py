@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -62,6 +63,8 @@ def _deepspeed_plugin(zero_stage: int, on_cpu: bool) -> DeepSpeedPlugin:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # it calls what newer versions of torch name otherwise: nothing that our users could change
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if on_cpu:
         # its communication through shared memory is compiled for minutes at the first start; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
