@@ -15,8 +15,8 @@ from trainer.errors import InputError
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """What mpiexec, and srun with an MPI plugin, say about the number of processes."""
 HOW_TO_START = (
-    "Start with `torchrun --nproc_per_node N -m trainer -- train ...`, with `srun python -m trainer train ...`, or with "
-    "`accelerate launch --config_file F` where F is one of configs/accelerate."
+    "Start with `torchrun --nproc_per_node N -m trainer -- train ...`, with `srun python -m trainer train ...`, or "
+    "with `accelerate launch --config_file F` where F is one of configs/accelerate."
 )
 ALONE = "For one process in spite of that, put WORLD_SIZE=1 in front of the command."
 
