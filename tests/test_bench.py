@@ -78,3 +78,14 @@ def test_medians_take_turns() -> None:
 
     medians = benches.in_turns({name: lambda name=name: contender(name) for name in "ab"}, 3)
     assert taken == list("ababab") and medians == {"a": 2.0, "b": 3.0}
+
+
+def test_what_a_checkpoint_costs_is_what_its_next_steps_take_longer() -> None:
+    from tools.benches.train import checkpoint_cost
+
+    steps = [1.0] * 500
+    for k in range(50, 500, 50):
+        steps[k] += 1.0  # the copy
+        steps[k + 3] += 0.5  # the writer beside
+    assert checkpoint_cost(steps, 50) == pytest.approx(1.5 / 50)
+    assert checkpoint_cost([1.0] * 500, 50) == 0
