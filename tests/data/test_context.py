@@ -17,7 +17,7 @@ from trainer.data.shards import Shards
 from trainer.data.statistics import NO_SCALING
 from trainer.models.anchor import Anchor, anchor_loss
 from trainer.scoring.predictor import AnchorPredictor
-from trainer.training.stages import AnchorObjective
+from trainer.training.phases import AnchorObjective
 
 ALL = (True, True, True)
 STREAMS = [(1, 4), (2, 3), (1, 5)]
@@ -134,8 +134,7 @@ def test_the_objective_counts_the_trs_that_are_learnt_from(invented_shards: Shar
         training_batches(invented_shards, plan, Reading(invented_shards.manifest.streams, NO_SCALING, context=5))
     )
     batch.features = [f.double() for f in batch.features]
-    total, count = AnchorObjective(an_anchor(11), 0)(batch, 0)
-    assert count == 8 * batch.subject_mask.sum()
     inside = batch.loss_mask[:, None] & batch.subject_mask[..., None]
     error = (predict(an_anchor(11), batch.features, batch.mask).float() - batch.bold).square().mean(-1)
-    torch.testing.assert_close(total, error[inside].sum())
+    assert plan.terms(0) == inside.sum() == 8 * batch.subject_mask.sum()
+    torch.testing.assert_close(AnchorObjective(an_anchor(11), 0)(batch, 0, plan.terms(0)), error[inside].mean())
