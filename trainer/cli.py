@@ -58,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say how far a run is, and who trains it")
     status.add_argument("run", type=Path, metavar="DIR", help="run directory")
     status.set_defaults(run_command=_status)
+
+    predict = commands.add_parser("predict", help="write what a trained model predicts for a set, with BOLD or without")
+    predict.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    predict.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="a set of the configuration")
+    predict.add_argument("--out", type=Path, required=True, metavar="FILE", help="new file")
+    predict.add_argument("--estimate", choices=["mean", "sample"], default="mean", help="what to predict")
+    predict.add_argument("--samples", type=int, metavar="K", help="samples a run (default: 1)")
+    predict.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
+    predict.add_argument("--format", choices=["h5", "algonauts"], default="h5", help="HDF5, or the challenge's zip")
+    predict.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. datasets.s7.filter.seasons=[7]")
+    predict.set_defaults(run_command=_predict)
     return parser
 
 
@@ -99,4 +110,14 @@ def _status(arguments: argparse.Namespace) -> int:
 
     for line in show(RunDirectory(arguments.run)):
         print(line, flush=True)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from trainer.predict import Request, predict
+    from trainer.run.directory import RunDirectory
+
+    request = Request.of(arguments.set_name, arguments.estimate, arguments.samples)
+    options = {"stage": arguments.stage, "form": arguments.format, "overrides": arguments.overrides}
+    predict(RunDirectory(arguments.run), request, arguments.out, **options)
     return 0
