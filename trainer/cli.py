@@ -69,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--format", choices=["h5", "algonauts"], default="h5", help="HDF5, or the challenge's zip")
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. datasets.s7.filter.seasons=[7]")
     predict.set_defaults(run_command=_predict)
+
+    export = commands.add_parser("export", help="write a trained model as a folder that trainer.load reads")
+    export.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    export.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
+    export.set_defaults(run_command=_export)
     return parser
 
 
@@ -120,4 +126,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     request = Request.of(arguments.set_name, arguments.estimate, arguments.samples)
     options = {"stage": arguments.stage, "form": arguments.format, "overrides": arguments.overrides}
     predict(RunDirectory(arguments.run), request, arguments.out, **options)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer.export import export
+    from trainer.run.directory import RunDirectory
+
+    export(RunDirectory(arguments.run), arguments.out, arguments.stage)
     return 0
