@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
     export.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
     export.set_defaults(run_command=_export)
+
+    ensemble = commands.add_parser("ensemble", help="score the average of the best checkpoints of several runs")
+    ensemble.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="run directories")
+    ensemble.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="set to score")
+    ensemble.add_argument("--choose-on", required=True, metavar="NAME", help="set that chooses; scored before")
+    ensemble.add_argument("--best", type=int, default=3, metavar="N", help="checkpoints a parcel (default: 3)")
+    ensemble.set_defaults(run_command=_ensemble)
     return parser
 
 
@@ -134,4 +141,13 @@ def _export(arguments: argparse.Namespace) -> int:
     from trainer.run.directory import RunDirectory
 
     export(RunDirectory(arguments.run), arguments.out, arguments.stage)
+    return 0
+
+
+def _ensemble(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation.ensemble import ensemble
+    from trainer.run.directory import RunDirectory
+
+    runs = [RunDirectory(path) for path in arguments.runs]
+    ensemble(runs, arguments.set_name, arguments.choose_on, arguments.best)
     return 0
