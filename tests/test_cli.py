@@ -104,7 +104,7 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(
     [
         ("include_features=[whisper/layers.99]", ["whisper/layers.99", "whisper/layers.12"]),
         ("stage2.latent_dim=21", ["stage2.latent_dim", "found 21", "at most 20"]),
-        ("datasets.test.filter.films=[chaplin]", ["datasets.test", "chaplin"]),
+        ("datasets.test.filter.films=[chaplim]", ["datasets.test", "Did you mean chaplin?"]),
         ("datasets.test.filter.trs=[500, 600]", ["datasets.test", "no run left"]),
         ("data.shards=nowhere", ["nowhere"]),
         ("datasets.val.filter.seasons=[1]", ["datasets.val", "shares TRs", "with train"]),

@@ -51,20 +51,25 @@ def test_files_and_data_sets_are_named_as_in_algonauts(full: Path) -> None:
         assert {"bourne01", "wolf06", "figures01_run-1", "figures01_run-2", "life02_run-2"} <= ends
     assert (full / "features/Llama-3.2-3B/friends/s1/friends_s01e01a.h5").is_file()
     assert (full / "features/whisper/movie10/bourne/movie10_bourne01.h5").is_file()
+    assert (full / "features/whisper/ood/chaplin/task-chaplin2_video.h5").is_file()
+    wanted = np.load(folder.parent / "target_sample_number/sub-05_friends-s7_fmri_samples.npy", allow_pickle=True)
+    assert set(wanted.item()) == {"s07e01a", "s07e01b", "s07e02a", "s07e02b"}
 
 
 def test_shapes_and_gaps_are_those_of_real_data(shards: Shards, full: Path) -> None:
     manifest = shards.manifest
     assert manifest.subjects == ("1", "2", "3", "5") and manifest.parcels == 200 and manifest.tr == 1.49
-    assert len(manifest.samples) == 45 and 5500 < sum(s.n_trs for s in manifest.samples) < 7000
-    absent = {(s.run, label) for s in manifest.samples for label in manifest.subjects if label not in s.subjects}
+    seen = [s for s in manifest.samples if s.subjects]
+    assert len(seen) == 45 and 5500 < sum(s.n_trs for s in seen) < 7000
+    assert {s.season or s.film for s in manifest.samples if not s.subjects} == {7, "chaplin", "mononoke"}
+    absent = {(s.run, label) for s in seen for label in manifest.subjects if label not in s.subjects}
     assert absent == {("s05e20a", "2"), ("s04e01a", "5"), ("s04e01b", "5")}
     assert {s.layers for s in manifest.streams} == {1, 2} and len(manifest.streams) == 5
     stored = set()
     off = set()
     for model in make_synthetic.MODELS:
         for path in (full / "features" / model.folder).rglob("*.h5"):
-            run = path.stem.split("_")[1]
+            run = path.stem.removesuffix("_video").replace("-", "_").split("_")[1]
             n_trs = next(s.n_trs for s in manifest.samples if s.run == run)
             with h5py.File(path) as file:
                 stored.add((file[model.dataset].ndim, file[model.dataset].shape[1:-1], str(file[model.dataset].dtype)))

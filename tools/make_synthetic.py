@@ -7,6 +7,7 @@ noise. The brain's response is a linear map of the latents convolved with a doub
 subject has the shared map plus one of their own. The noise is autocorrelated in time and correlated inside networks,
 as a flow should learn it. A second showing of a film has the same response and new noise. `truth.h5` holds the
 noise-free response of each scan, `truth.json` its Pearson r with the BOLD: what a perfect encoder would reach.
+Season 7 and the films of `ood` come without BOLD, as in the challenge: features, `target_sample_number`, and the truth.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Stimulus:
-    """A run as it was shown: its series, name, how often, and how long."""
+    """A run as it was shown: its series, name, how often (0: nobody's BOLD is given), and how long."""
 
     series: str
     run: str
@@ -92,6 +93,15 @@ def stimuli(rng: np.random.Generator, tiny: bool) -> list[Stimulus]:
         for part in range(1, parts + 1)
     ]
     return [Stimulus(*name, int(rng.integers(shortest, longest + 1))) for name in named]
+
+
+def unseen_stimuli(rng: np.random.Generator, tiny: bool) -> list[Stimulus]:
+    """The runs without BOLD: season 7 and films of another kind."""
+    episodes, films = (1, ("chaplin",)) if tiny else (2, ("chaplin", "mononoke"))
+    named = [("friends", f"s07e{episode:02d}{part}") for episode in range(1, episodes + 1) for part in "ab"]
+    named += [("ood", f"{film}{part}") for film in films for part in (1, 2)]
+    shortest, longest = (40, 60) if tiny else (120, 160)
+    return [Stimulus(*name, 0, int(rng.integers(shortest, longest + 1))) for name in named]
 
 
 def autoregressive(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> np.ndarray:
@@ -201,6 +211,8 @@ def generate(out: Path, seed: int, tiny: bool) -> dict[str, object]:
                     response[f"{subject}/{stimulus.series}_{stimulus.run}{suffix}"] = signal
                     if showing == 1:
                         truth.add(stimulus.group, subject, signal[: stimulus.n_trs], bold[: stimulus.n_trs])
+        # with numbers of their own: what was made before them stays what it always was
+        _write_unseen(out, np.random.default_rng([seed, 7]), tiny, brain, mixing, response)
     ceilings = truth.ceilings()
     (out / "truth.json").write_text(json.dumps(ceilings, indent=1) + "\n")
     return ceilings
@@ -211,6 +223,32 @@ def _mixing(rng: np.random.Generator, model: FakeModel) -> tuple[np.ndarray, np.
     size = model.width * (model.layers or 1)
     directions = rng.standard_normal((len(model.latents), size)) / math.sqrt(len(model.latents))
     return directions, np.exp(rng.normal(0, 1, size)), rng.normal(0, 2, size)
+
+
+def _write_unseen(
+    out: Path,
+    rng: np.random.Generator,
+    tiny: bool,
+    brain: Brain,
+    mixing: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    response: h5py.File,
+) -> None:
+    """Features, lengths and true responses of the runs without BOLD; the first subject's scans are the longest."""
+    wanted: dict[tuple[int, str], dict[str, int]] = {}
+    for stimulus in unseen_stimuli(rng, tiny):
+        latents = autoregressive(rng, (stimulus.n_trs, LATENTS), LATENT_MEMORY)
+        for model, mix in zip(MODELS, mixing, strict=True):
+            _write_features(out, rng, stimulus, model, latents[: stimulus.n_trs - rng.integers(0, 2)], mix)
+        for subject in SUBJECTS:
+            n_trs = stimulus.n_trs - (0 if subject == SUBJECTS[0] else int(rng.integers(0, 2)))
+            name = "friends-s7" if stimulus.series == "friends" else stimulus.series
+            wanted.setdefault((subject, name), {})[stimulus.run] = n_trs
+            signal = brain.signal(latents[:n_trs], subject).astype(np.float32)
+            response[f"{subject}/{name.replace('-', '_')}_{stimulus.run}"] = signal
+    for (subject, name), numbers in wanted.items():
+        folder = out / f"algonauts_2025.competitors/fmri/sub-{subject:02d}/target_sample_number"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"sub-{subject:02d}_{name}_fmri_samples.npy", numbers)  # type: ignore[arg-type]
 
 
 def _write_features(
@@ -226,10 +264,11 @@ def _write_features(
     values = (clean + FEATURE_NOISE * rng.standard_normal(clean.shape)) * scale + offset
     if model.layers:
         values = values.reshape(len(values), model.layers, model.width)
-    inner = f"s{int(stimulus.run[1:3])}" if stimulus.series == "friends" else stimulus.run[:-2]
+    inner = f"s{int(stimulus.run[1:3])}" if stimulus.series == "friends" else stimulus.run.rstrip("0123456789")
+    stem = f"task-{stimulus.run}_video" if stimulus.series == "ood" else f"{stimulus.series}_{stimulus.run}"
     folder = out / "features" / model.folder / stimulus.series / inner
     folder.mkdir(parents=True, exist_ok=True)
-    with h5py.File(folder / f"{stimulus.series}_{stimulus.run}.h5", "w") as file:
+    with h5py.File(folder / f"{stem}.h5", "w") as file:
         file[model.dataset] = values.astype(model.dtype)
 
 

@@ -58,6 +58,30 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say how far a run is, and who trains it")
     status.add_argument("run", type=Path, metavar="DIR", help="run directory")
     status.set_defaults(run_command=_status)
+
+    predict = commands.add_parser("predict", help="write what a trained model predicts for a set, with BOLD or without")
+    predict.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    predict.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="a set of the configuration")
+    predict.add_argument("--out", type=Path, required=True, metavar="FILE", help="new file")
+    predict.add_argument("--estimate", choices=["mean", "sample"], default="mean", help="what to predict")
+    predict.add_argument("--samples", type=int, metavar="K", help="samples a run (default: 1)")
+    predict.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
+    predict.add_argument("--format", choices=["h5", "algonauts"], default="h5", help="HDF5, or the challenge's zip")
+    predict.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. datasets.s7.filter.seasons=[7]")
+    predict.set_defaults(run_command=_predict)
+
+    export = commands.add_parser("export", help="write a trained model as a folder that trainer.load reads")
+    export.add_argument("run", type=Path, metavar="DIR", help="run directory")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
+    export.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
+    export.set_defaults(run_command=_export)
+
+    ensemble = commands.add_parser("ensemble", help="score the average of the best checkpoints of several runs")
+    ensemble.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="run directories")
+    ensemble.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="set to score")
+    ensemble.add_argument("--choose-on", required=True, metavar="NAME", help="set that chooses; scored before")
+    ensemble.add_argument("--best", type=int, default=3, metavar="N", help="checkpoints a parcel (default: 3)")
+    ensemble.set_defaults(run_command=_ensemble)
     return parser
 
 
@@ -99,4 +123,31 @@ def _status(arguments: argparse.Namespace) -> int:
 
     for line in show(RunDirectory(arguments.run)):
         print(line, flush=True)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from trainer.predict import Request, predict
+    from trainer.run.directory import RunDirectory
+
+    request = Request.of(arguments.set_name, arguments.estimate, arguments.samples)
+    options = {"stage": arguments.stage, "form": arguments.format, "overrides": arguments.overrides}
+    predict(RunDirectory(arguments.run), request, arguments.out, **options)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from trainer.export import export
+    from trainer.run.directory import RunDirectory
+
+    export(RunDirectory(arguments.run), arguments.out, arguments.stage)
+    return 0
+
+
+def _ensemble(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation.ensemble import ensemble
+    from trainer.run.directory import RunDirectory
+
+    runs = [RunDirectory(path) for path in arguments.runs]
+    ensemble(runs, arguments.set_name, arguments.choose_on, arguments.best)
     return 0

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -126,6 +127,17 @@ def test_published_tensors_are_read(tmp_path: Path) -> None:
     found = read_published(tmp_path / "ckpt.pt")
     assert torch.equal(found["model"]["feat_pool.weight"], torch.arange(3.0))
     assert (found["epoch"], found["args"]) == (3, content["args"])
+
+
+def test_the_scores_in_a_published_checkpoint_are_read(tmp_path: Path) -> None:
+    """They are numpy's, and stand beside the weights."""
+    scores = {"accmap": np.arange(3.0), "acc": np.float64(0.2), "acc32": np.float32(0.5), "n": np.int64(4)}
+    torch.save({"model": {}, "metrics": {"val": scores, "wide": np.ones((2, 2), np.float32)}}, tmp_path / "ckpt.pt")
+    found = read_published(tmp_path / "ckpt.pt")["metrics"]
+    np.testing.assert_array_equal(found["val"].pop("accmap"), scores.pop("accmap"))
+    np.testing.assert_array_equal(found["wide"], np.ones((2, 2)))
+    assert found["val"] == scores
+    assert np.ndarray not in torch.serialization.get_safe_globals(), "what is allowed here is allowed nowhere else"
 
 
 class Malicious:

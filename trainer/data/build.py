@@ -116,6 +116,7 @@ class Job:
     streams: tuple[Stream, ...]
     requests: tuple[StreamRequest, ...]
     skip_bad: bool
+    parcels: int
 
 
 def build_shard(job: Job, index: int, runs: Sequence[RunPlan], tick: Tick | None) -> ShardResult:
@@ -175,7 +176,8 @@ def _write(job: Job, path: Path, runs: Sequence[RunPlan], tick: Tick | None) -> 
 def _read_arrays(job: Job, run: RunPlan) -> dict[str, np.ndarray]:
     pooled = {request.name: request.pool for request in job.requests}
     features = {stream.name: read_features(run, stream, pooled[stream.name]) for stream in job.streams}
-    return {BOLD: read_bold(run, list(job.layout.subjects)), **features}
+    none = np.zeros((0, run.n_trs, job.parcels), np.float32)
+    return {BOLD: read_bold(run, list(job.layout.subjects)) if run.bold else none, **features}
 
 
 def _meta(run: RunPlan, layout: Layout, streams: Sequence[Stream]) -> dict[str, object]:
@@ -207,7 +209,7 @@ def build(
             tick(run.key)
 
     with new_folder(out, overwrite, request) as folder:
-        job = Job(folder, layout, found.streams, tuple(requests), skip_bad)
+        job = Job(folder, layout, found.streams, tuple(requests), skip_bad, found.parcels)
         tasks = [(job, i, runs) for i, runs in enumerate(dealt)]
         results = (crew or Crew()).run(build_shard, tasks, tick, finished)
         _manifest(layout, found, dealt, results, folder.shards).save(folder.shards)
@@ -241,7 +243,7 @@ def _manifest(
         Sample(
             run.key, i, run.series, run.run, run.repeat, run.groups.season, run.groups.episode, run.groups.film,
             run.groups.part, run.n_trs, tuple(label for label in layout.subjects if label in run.bold),
-            result.places[run.key],
+            result.places[run.key], run.wanted,
         )
         for i, (runs, result) in enumerate(written)
         for run in runs

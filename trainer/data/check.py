@@ -103,12 +103,20 @@ def _contradictions(manifest: Manifest) -> Iterator[InputError]:
             yield InputError(
                 where, "subjects", found=sample.subjects, expected=f"some of {manifest.subjects}, in order"
             )
-        if not sample.subjects:
-            yield InputError(where, "subjects", found="none", expected="one or more")
+        if sample.wanted and not _can_be_wanted(manifest, sample):
+            expected = f"TRs to predict by subject, {sample.n_trs} at most and once, in a run without BOLD"
+            yield InputError(where, "wanted", found=dict(sample.wanted), expected=expected)
         shapes = _shapes(manifest, sample)
         found = {name: (place.shape, place.dtype) for name, place in sample.arrays.items()}
         for name in [name for name in shapes | found if shapes.get(name) != found.get(name)]:
             yield InputError(where, name, found=found.get(name, "no array"), expected=shapes.get(name, "no array"))
+
+
+def _can_be_wanted(manifest: Manifest, sample: Sample) -> bool:
+    """Whether `wanted` fits the run: it is as long as the most that is wanted of it."""
+    numbers = sample.wanted.values()
+    known = set(sample.wanted) <= set(manifest.subjects) and not sample.subjects
+    return known and min(numbers) > 0 and max(numbers) == sample.n_trs
 
 
 def _shapes(manifest: Manifest, sample: Sample) -> dict[str, tuple[tuple[int, ...], str]]:

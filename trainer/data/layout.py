@@ -96,9 +96,19 @@ class BoldPattern(StrictModel):
 
 
 class SeriesLayout(StrictModel):
-    """One series of runs, e.g. all episodes of one show."""
+    """One series of runs, e.g. all episodes of one show.
 
-    bold: BoldPattern = Field(description="where its BOLD lies")
+    A series without `bold` can be predicted but neither trained on nor scored. Its runs are those of the
+    `target_sample_number` files, which also say how long they are; without such files those of the features.
+    """
+
+    bold: BoldPattern | None = Field(None, description="where its BOLD lies; a series without it is only predicted")
+    folder: str | None = Field(None, description="the field {series} of feature_files, where it is not the name")
+    target_sample_number: str | None = Field(
+        None,
+        description="for a series without BOLD: pattern of the .npy files, one a subject, that hold a pickled dict "
+        "run -> TRs to predict",
+    )
     runs: list[str] = Field(
         default_factory=lambda: [".+"],
         description="regular expressions of run names, with groups season, episode, part, film",
@@ -121,6 +131,18 @@ class SeriesLayout(StrictModel):
             if unknown:
                 raise ValueError(f"found the group {unknown[0]!r}, expected groups among {', '.join(GROUPS)}")
         return runs
+
+    @model_validator(mode="after")
+    def _known_without_bold(self) -> SeriesLayout:
+        if self.bold is None and "runs" not in self.model_fields_set:
+            raise ValueError("runs: missing, expected it in a series without bold: only it tells which runs are there")
+        if self.target_sample_number is None:
+            return self
+        if self.bold is not None:
+            raise ValueError("target_sample_number: found beside bold, expected one of them")
+        if "{subject}" not in _valid_pattern(self.target_sample_number):
+            raise ValueError("target_sample_number: found no field {subject}, expected it")
+        return self
 
     def groups(self, run: str) -> RunGroups | None:
         """What the run's name says, or None where it matches no expression (the run is of another series)."""
@@ -176,6 +198,8 @@ class Layout(StrictModel):
     @model_validator(mode="after")
     def _bold_names_a_run(self) -> Layout:
         for name, series in self.series.items():
+            if series.bold is None:
+                continue
             if "{run}" not in series.bold.file + series.bold.dataset:
                 raise ValueError(f"series.{name}.bold: found no field {{run}}, expected it in file or dataset")
             if "{subject}" not in series.bold.file + series.bold.dataset:

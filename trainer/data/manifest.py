@@ -52,7 +52,11 @@ class ArrayLocation:
 
 @dataclass(frozen=True)
 class Sample:
-    """One showing of one run. `subjects` are the labels that have BOLD, in the order of the rows of `bold`."""
+    """One showing of one run. `subjects` are the labels that have BOLD, in the order of the rows of `bold`.
+
+    A run without any BOLD has no subjects and a `bold` of no rows; `wanted` then says how many TRs of each subject are
+    to be predicted, where that is known (label -> TRs, at most `n_trs`).
+    """
 
     key: str
     shard: int
@@ -66,6 +70,7 @@ class Sample:
     n_trs: int
     subjects: tuple[str, ...]
     arrays: Mapping[str, ArrayLocation]
+    wanted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,9 @@ class Manifest:
         """Write manifest.json into a folder that holds the statistics and the shards already."""
         content = asdict(self)
         del content["folder"]
+        for sample in content["samples"]:
+            if not sample["wanted"]:  # so that shards of runs with BOLD are what they always were, to the byte
+                del sample["wanted"]
         document = {"format": FORMAT, "sha256": _digest(content), **content}
         (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
 

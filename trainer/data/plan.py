@@ -54,22 +54,35 @@ class Window:
 
 
 def select(manifest: Manifest, chosen: Filter) -> list[Span]:
-    """The spans of TRs that a filter leaves, in the manifest's order.
+    """The spans of TRs with BOLD that a filter leaves, in the manifest's order; empty where it leaves none with BOLD.
 
     Seasons and films are united: where either is given, a run must be in one of them. All other keys intersect. The
-    TR range is a Python slice of each run; a run in which it leaves nothing is dropped, and so is one whose present
-    subjects are all filtered out.
+    TR range is a Python slice of each run; a run in which it leaves nothing is dropped, and so is one without BOLD, or
+    whose present subjects are all filtered out.
 
     Raises:
-        InputError: a value that no run has (the nearest is suggested), or nothing left.
+        InputError: a value that no run has (the nearest is suggested), or nothing left, with or without BOLD.
     """
+    return [span for span in _selected(manifest, chosen) if any(span.subjects)]
+
+
+def select_without_bold(manifest: Manifest, chosen: Filter) -> list[Span]:
+    """The spans that a filter leaves of runs that nobody has BOLD of: what can be predicted, and nothing else.
+
+    Raises:
+        InputError: as `select`.
+    """
+    return [span for span in _selected(manifest, chosen) if not any(span.subjects)]
+
+
+def _selected(manifest: Manifest, chosen: Filter) -> list[Span]:
     _check_values(manifest, chosen)
     wanted = [chosen.subjects is None or label in chosen.subjects for label in manifest.subjects]
     spans = []
     for i, sample in enumerate(manifest.samples):
         used = tuple(want and label in sample.subjects for want, label in zip(wanted, manifest.subjects, strict=True))
         start, stop, _ = slice(*(chosen.trs or (None, None))).indices(sample.n_trs)
-        if _takes(chosen, sample) and any(used) and start < stop:
+        if _takes(chosen, sample) and (any(used) or not sample.subjects) and start < stop:
             spans.append(Span(i, start, stop, used))
     if not spans:
         given = {key: value for key, value in chosen.model_dump().items() if value is not None}

@@ -174,7 +174,7 @@ class Shards:
         place = self._addresses.get((sample, name)) or self._address(sample, name)
         if not 0 <= start <= stop <= place.n_trs:
             raise ValueError(f"{place.key}: TRs {start} to {stop} are outside its {place.n_trs} TRs")
-        if row is None and place.rows:
+        if row is None and name == BOLD:
             whole = _buffer(out, (place.rows, stop - start, *place.inner), place.dtype)
             for i, target in enumerate(whole):
                 self.read(sample, name, start, stop, target, row=i)

@@ -14,7 +14,7 @@ import torch
 from trainer.config import Config
 from trainer.data.cache import local_folder
 from trainer.data.manifest import Manifest, Stream
-from trainer.data.plan import Plan, Span, select
+from trainer.data.plan import Plan, Span, select, select_without_bold
 from trainer.data.residence import DeviceCopy, HostCopy, extents, reside
 from trainer.data.shards import Shards
 from trainer.data.statistics import BoldScaling
@@ -27,7 +27,8 @@ class Study:
     Attributes:
         shards: the opened folder, or its local copy where data.shards is remote.
         source: what training batches are read from: the shards, until `reside` has been called.
-        spans: set name -> the spans of TRs that its filter leaves.
+        spans: set name -> the spans of TRs that its filter leaves, of runs with BOLD; sets without any are not in it.
+        unseen: set name -> the spans of runs without BOLD, which can be predicted only.
         streams: the streams of `include_features`, in that order.
 
     Raises:
@@ -42,12 +43,18 @@ class Study:
         self.source: Shards | HostCopy | DeviceCopy = self.shards
         self.streams: list[Stream] = [self.manifest.stream(name) for name in config.include_features]
         self.spans: dict[str, list[Span]] = {}
+        self.unseen: dict[str, list[Span]] = {}
         for name, dataset in config.datasets.items():
             try:
-                self.spans[name] = select(self.manifest, dataset.filter)
+                spans = select(self.manifest, dataset.filter)
+                self.unseen[name] = select_without_bold(self.manifest, dataset.filter)
             except InputError as error:
                 raise InputError(f"datasets.{name}", str(error)) from error
-        _check_apart(self.spans["train"], self.spans[config.val_set_name], self.manifest, config.val_set_name)
+            if spans:
+                self.spans[name] = spans
+        for name in ("train", config.val_set_name):
+            self.check_scorable(name, f"datasets.{name}")
+        self.check_apart(config.val_set_name, "train", self.spans["train"])
         parcels = self.manifest.parcels
         if config.stage2.latent_dim > parcels:
             raise InputError(
@@ -56,6 +63,23 @@ class Study:
                 found=config.stage2.latent_dim,
                 expected=f"at most {parcels}",
             )
+
+    def check_scorable(self, name: str, where: str = "--set") -> None:
+        """Raise InputError where there is no such set, or no run of it has BOLD to learn from or to score against."""
+        if name not in self.unseen:
+            raise InputError(where, "no such set in the run", found=name, expected=f"one of {', '.join(self.unseen)}")
+        if name not in self.spans:
+            known = f"one of {', '.join(self.spans)}"
+            raise InputError(where, "no run of this set has BOLD: it can be predicted only", found=name, expected=known)
+
+    def check_apart(self, name: str, other: str, seen: Sequence[Span]) -> None:
+        """Raise InputError where a set holds TRs of `seen`, the spans of `other`: it would judge by what was seen."""
+        for span in self.spans[name]:
+            for before in seen:
+                if span.sample == before.sample and span.start < before.stop and before.start < span.stop:
+                    run = self.manifest.samples[span.sample].key
+                    expected = "other runs or TRs"
+                    raise InputError(f"datasets.{name}", f"shares TRs of {run} with {other}", expected=expected)
 
     @property
     def manifest(self) -> Manifest:
@@ -91,6 +115,10 @@ class Study:
         first = [] if refit else [self.config.val_set_name]
         return first + [name for name in self.spans if name not in ("train", self.config.val_set_name)]
 
+    def without_bold(self) -> list[str]:
+        """The sets that can be predicted only."""
+        return [name for name in self.unseen if name not in self.spans]
+
     def plan(self, spans: Sequence[Span], seed: int) -> Plan:
         """The plan of windows over some spans."""
         config = self.config
@@ -101,12 +129,3 @@ class Study:
             num_samples=config.num_samples,
             batch_size=config.batch_size,
         )
-
-
-def _check_apart(train: Sequence[Span], validation: Sequence[Span], manifest: Manifest, name: str) -> None:
-    """Raise InputError where the validation set holds TRs that are trained on: it would choose by what it has seen."""
-    for span in validation:
-        for other in train:
-            if span.sample == other.sample and span.start < other.stop and other.start < span.stop:
-                run = manifest.samples[span.sample].key
-                raise InputError(f"datasets.{name}", f"shares TRs of {run} with train", expected="other runs or TRs")

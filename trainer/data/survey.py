@@ -16,9 +16,10 @@ from pathlib import Path
 
 import h5py
 
-from trainer.data.layout import Layout, RunGroups, fill, find_files, pattern_regex
+from trainer.data.layout import BoldPattern, Layout, RunGroups, fill, find_files, pattern_regex
 from trainer.data.manifest import Skipped, Stream
 from trainer.data.shards import extension
+from trainer.data.targets import find_targets
 from trainer.errors import InputError
 from trainer.progress import watched
 
@@ -51,7 +52,10 @@ class Source:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run and repeat with all that belongs to it; `bold` by subject label, `features` by stream."""
+    """One run and repeat with all that belongs to it; `bold` by subject label, `features` by stream.
+
+    `wanted` says of a run without BOLD how many TRs of each subject are to be predicted, where that is known.
+    """
 
     key: str
     series: str
@@ -61,6 +65,7 @@ class RunPlan:
     bold: Mapping[str, Source]
     features: Mapping[str, Source]
     n_trs: int
+    wanted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class _Scan:
     groups: RunGroups
     repeated: bool
     bold: dict[str, Source] = field(default_factory=dict)
+    wanted: Mapping[str, int] = field(default_factory=dict)
 
 
 def request_streams(
@@ -148,6 +154,9 @@ def survey(
         raise next(iter(odd.values()))
     bad |= odd
     runs = [run for run in runs if run.key not in bad]
+    for name in series or ():
+        if not bad and not any(run.series == name for run in runs):
+            raise InputError("--series", f"no features of {name} below {root}", fix="Take it out, or add the files.")
     for label in layout.subjects:
         if not any(label in run.bold for run in runs):
             raise InputError(
@@ -159,10 +168,10 @@ def survey(
             )
     for run in runs:
         absent = [label for label in layout.subjects if label not in run.bold]
-        if absent:
+        if run.bold and absent:
             notes.append(f"{run.key}: no BOLD of subject {', '.join(absent)}")
     described = tuple(_describe_stream(request, runs[0].features[request.name]) for request in streams)
-    parcels = next(iter(runs[0].bold.values())).shape[1]
+    parcels = next(scan.shape[1] for run in runs for scan in run.bold.values())
     skipped = tuple(Skipped(key, str(error)) for key, error in bad.items())
     return Survey(tuple(runs), described, parcels, tuple(notes), skipped)
 
@@ -173,14 +182,18 @@ def _survey_series(
 ) -> Iterator[RunPlan]:  # fmt: skip
     """The runs of one series; what is wrong with one run is raised, or goes into `bad` where that is given."""
     scans: dict[tuple[str, int], _Scan] = {}
-    for label in layout.subjects:
-        _find_scans(layout, root, series, label, scans, notes)
-    if not scans:
-        raise InputError(root / layout.series[series].bold.file, "no BOLD file found", expected=f"BOLD of {series}")
+    pattern = layout.series[series].bold
+    if pattern is not None:
+        for label in layout.subjects:
+            _find_scans(layout, root, series, pattern, label, scans, notes)
+        if not scans:
+            raise InputError(root / pattern.file, "no BOLD file found", expected=f"BOLD of {series}")
     indices: dict[tuple[str, ...], dict[str, Path]] = {}
     for request in streams:
         if request.folders not in indices:
             indices[request.folders] = _feature_index(layout, root, series, request.folders)
+    if pattern is None:
+        _find_runs_without_bold(layout, root, series, indices.values(), scans, notes)
     keys: dict[str, str] = {}
     for (run, repeat), scan in watched(sorted(scans.items()), f"surveying {series}", len(scans)):
         key = re.sub(r"[^A-Za-z0-9_-]", "_", f"{series}_{run}") + (f"_run-{repeat}" if scan.repeated else "")
@@ -188,19 +201,45 @@ def _survey_series(
             raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
         try:
             features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
-            n_trs = _common_length(scan.bold.values(), features.values())
+            length = _common_length(scan.bold.values(), features.values()) if scan.bold else None
+            n_trs = length or _predicted_length(run, scan.wanted, features.values())
         except InputError as error:
             if bad is None:
                 raise
             bad[key] = error
             continue
-        yield RunPlan(key, series, run, repeat, scan.groups, scan.bold, features, n_trs)
+        yield RunPlan(key, series, run, repeat, scan.groups, scan.bold, features, n_trs, scan.wanted)
+
+
+def _find_runs_without_bold(
+    layout: Layout,
+    root: Path,
+    series: str,
+    indices: Iterable[Mapping[str, Path]],
+    scans: dict[tuple[str, int], _Scan],
+    notes: list[str],
+) -> None:
+    """Add the runs of a series without BOLD to `scans`; none where nobody has extracted features of it yet."""
+    described = layout.series[series]
+    there = {run for index in indices for run in index if described.groups(run)}
+    if not there:
+        notes.append(f"{series}: no features, so it is left out")
+        return
+    targets = find_targets(layout, root, series, notes)
+    lengths = "target_sample_number" if targets else "the features"
+    notes.append(f"{series}: {len(targets or there)} run(s) without BOLD, lengths from {lengths}")
+    for run in targets or there:
+        groups = described.groups(run)
+        if groups is None:
+            raise InputError(f"series.{series}.runs", "does not fit a run of target_sample_number", found=run)
+        scans[run, 1] = _Scan(groups, repeated=False, wanted=targets.get(run, {}))
 
 
 def _find_scans(
     layout: Layout,
     root: Path,
     series: str,
+    pattern: BoldPattern,
     label: str,
     scans: dict[tuple[str, int], _Scan],
     notes: list[str],
@@ -208,12 +247,12 @@ def _find_scans(
     """Add one subject's data sets of one series to `scans`."""
     described = layout.series[series]
     found_file = False
-    for path, fields in find_files(root, described.bold.file, {"subject": layout.subjects[label]}):
+    for path, fields in find_files(root, pattern.file, {"subject": layout.subjects[label]}):
         found_file = True
         names = _dataset_names(path)
         ignored = []
         for name in names:
-            match = pattern_regex(fill(described.bold.dataset, fields)).fullmatch(name)
+            match = pattern_regex(fill(pattern.dataset, fields)).fullmatch(name)
             values = {**fields, **{k: v for k, v in (match.groupdict() if match else {}).items() if v is not None}}
             groups = described.groups(values.get("run", "")) if match else None
             if groups is None:
@@ -235,7 +274,7 @@ def _find_scans(
                 path,
                 "no data set of this series",
                 found=", ".join(ignored[:3]) or "an empty file",
-                expected=f"{described.bold.dataset} with run {' or '.join(described.runs)}",
+                expected=f"{pattern.dataset} with run {' or '.join(described.runs)}",
             )
         if ignored:
             notes.append(f"{path}: {len(ignored)} data set(s) are not of {series}: {', '.join(ignored[:3])}")
@@ -276,6 +315,7 @@ def _source(path: Path, dataset: str, dimensions: tuple[int, ...], expected: str
 
 def _feature_index(layout: Layout, root: Path, series: str, folders: tuple[str, ...]) -> dict[str, Path]:
     """Run -> feature file of one model. One walk through its folder, whatever the number of runs."""
+    series = layout.series[series].folder or series
     index: dict[str, Path] = {}
     for folder in folders:
         for pattern in layout.feature_files:
@@ -292,7 +332,7 @@ def _feature_source(
     layout: Layout, root: Path, series: str, run: str, request: StreamRequest, index: Mapping[str, Path]
 ) -> Source:
     if run not in index:
-        known = {"model": request.folders[0], "series": series, "run": run}
+        known = {"model": request.folders[0], "series": layout.series[series].folder or series, "run": run}
         raise InputError(
             root / fill(layout.feature_files[0], known),
             f"no feature file of run {run} for stream {request.name}",
@@ -332,6 +372,29 @@ def _common_length(bold: Iterable[Source], features: Iterable[Source]) -> int:
                 fix="Features have one row a TR, from the first TR of the run.",
             )
     return n_trs
+
+
+def _predicted_length(run: str, wanted: Mapping[str, int], features: Iterable[Source]) -> int:
+    """TRs of a run without BOLD: the most that are wanted of a subject, else those of the shortest stream.
+
+    Raises InputError where lengths are more than 2 TRs apart.
+    """
+    by_length = sorted(features, key=lambda source: source.shape[0])
+    lengths = sorted(wanted.values()) or [by_length[0].shape[0]]
+    if lengths[-1] - lengths[0] > MAX_TRS_APART:
+        expected = f"subjects within {MAX_TRS_APART} TRs of each other"
+        raise InputError("target_sample_number", f"run {run}", found=dict(wanted), expected=expected)
+    for source in by_length:
+        if not lengths[0] - MAX_TRS_APART <= source.shape[0] <= lengths[-1] + MAX_TRS_APART:
+            of = "target_sample_number" if wanted else str(by_length[0])
+            raise InputError(
+                str(source),
+                "length",
+                found=f"{source.shape[0]} TRs",
+                expected=f"within {MAX_TRS_APART} TRs of the {lengths[0]} TRs of {of}",
+                fix="Features have one row a TR, from the first TR of the run.",
+            )
+    return lengths[-1] if wanted else lengths[0]
 
 
 def _unlike_others(runs: Sequence[RunPlan], requests: Sequence[StreamRequest]) -> dict[str, InputError]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,16 +144,24 @@ def estimator_from_upstream(
     return network
 
 
-def read_published(path: Path) -> Any:
-    """What a published `.pt` file holds: tensors, numbers, texts, and lists and dicts of them.
+_NUMPY: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "b1"))]
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy's name for it before 2.0, and since
+    _NUMPY += [(np.zeros(1).__reduce__()[0], f"{_module}._reconstruct")]
+    _NUMPY += [(np.float64(0).__reduce__()[0], f"{_module}.scalar")]
 
-    Such files are pickles, which can run code. Only what torch itself takes for harmless is built.
+
+def read_published(path: Path) -> Any:
+    """What a published `.pt` file holds: tensors, numbers, texts, numpy's arrays and scalars, lists and dicts of them.
+
+    Such files are pickles, which can run code. Only what torch itself takes for harmless is built, and numpy's
+    numbers, of which the published encoder's checkpoints hold some (the scores of its validation).
 
     Raises:
         InputError: no such file, no file of torch, or one that asks for anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(path, "cannot be read", found=error.strerror) from error
     except Exception as error:  # of any kind: in a file of another sort, torch's reader stumbles anywhere

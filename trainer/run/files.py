@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,38 @@ def write_new(path: Path, text: str) -> bool:
         return True
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_whole(path: Path, option: str) -> Iterator[Path]:
+    """Another path to write a new file or folder at; when the block ends without an error it becomes `path`.
+
+    Args:
+        path: what shall appear.
+        option: the option that names it, for error messages.
+
+    Raises:
+        InputError: there is something already, or it cannot be written.
+    """
+    if path.exists():
+        raise InputError(option, f"{path} exists", fix=f"Choose another {option}, or delete it.")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()  # before any time is spent
+        aside.unlink()
+    except OSError as error:
+        raise InputError(option, f"{path} cannot be written: {error.strerror}") from error
+    try:
+        yield aside
+        if path.exists():
+            raise InputError(option, f"{path} has appeared meanwhile", fix=f"Choose another {option}.")
+        aside.rename(path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

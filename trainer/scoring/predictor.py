@@ -7,9 +7,10 @@ beside them in the same file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,6 +86,15 @@ class FlowPredictor:
         return pairs
 
     @torch.no_grad()
+    def samples(self, batch: Batch, count: int) -> Iterator[Tensor]:
+        """`count` draws around the anchor, each (B, S, T, V), one at a time; the first is what `predict` gives."""
+        items, around, batch = self._around(batch)
+        for draw in range(count):
+            keys = fold_in(items.keys, draw) if draw else items.keys
+            arguments = (around, items.mask, items.subject, keys)
+            yield items.put(self.flow.sample(*arguments, temperature=self.options.temperature), batch.bold)
+
+    @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
         items, around, batch = self._around(batch)
@@ -130,6 +140,19 @@ class Items:
 
 
 Predictor = AnchorPredictor | FlowPredictor
+
+
+def estimated(predictor: Predictor, batch: Batch, estimate: str, samples: int | None = None) -> np.ndarray:
+    """What a predictor says of one span, for every subject of `batch.subject_mask`: float32, zeros for the others.
+
+    Returns: (S, T, V); for the estimate `sample` the draws, (`samples`, S, T, V).
+    """
+    if estimate == "sample":
+        assert isinstance(predictor, FlowPredictor) and samples, "stage 1 draws no samples"
+        return np.stack([draw[0].float().cpu().numpy() for draw in predictor.samples(batch, samples)])
+    prediction, _ = predictor.predict(batch)[estimate]
+    whole: np.ndarray = prediction[0].float().cpu().numpy()
+    return whole
 
 
 def load_predictor(

@@ -54,6 +54,8 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     where = study.reside(processes.device)
     if processes.is_main:
         say(where)
+        for name in study.without_bold():
+            say(f"datasets.{name}: no run has BOLD, so it is not scored; `predict --set {name}` predicts it")
     with StopRequest() as stop, Watchdog(processes, config.timeout_s) as watchdog, listening(watchdog.alive):
         job = Job(config, study, run, processes, stop, watchdog, resume)
         for number in stages:
