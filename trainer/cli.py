@@ -58,6 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="say how far a run is, and who trains it")
     status.add_argument("run", type=Path, metavar="DIR", help="run directory")
     status.set_defaults(run_command=_status)
+
+    watch = commands.add_parser(
+        "watch",
+        help="score checkpoints as they appear, beside a training or after it, together with other workers",
+        epilog="Exit status: 0 the training has finished and everything is scored; 3 the training is gone and what it "
+        "left is scored; 128 + n on signal n; 2 bad input.",
+    )
+    watch.add_argument("run", type=Path, metavar="DIR", help="run directory; may be about to be made")
+    watch.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        dest="sets",
+        metavar="NAME",
+        help="sets (default: all not trained on)",
+    )
+    watch.add_argument(
+        "--until-finished", action="store_true", help="end with the training (default: watch until a signal)"
+    )
+    watch.set_defaults(run_command=_watch)
     return parser
 
 
@@ -100,3 +120,10 @@ def _status(arguments: argparse.Namespace) -> int:
     for line in show(RunDirectory(arguments.run)):
         print(line, flush=True)
     return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation.worker import watch
+    from trainer.run.directory import RunDirectory
+
+    return watch(RunDirectory(arguments.run), arguments.sets, until_finished=arguments.until_finished)
