@@ -155,7 +155,7 @@ class Worker:
             if turn is None:
                 pause(self._stop)
             else:
-                self._do(turn)
+                self.do(turn)
 
     def turn(self) -> Task | int | None:
         """On the main process, what to do now: a task, which is claimed, an exit status, or nothing for a while."""
@@ -173,6 +173,24 @@ class Worker:
             return None
         self._tidy()
         return self._life.ending(stages) if self._until_finished else None
+
+    def do(self, task: Task) -> None:
+        """Score, on all processes; what keeps one of them from it keeps all."""
+        part, unit = self._parts[task.part], task.unit
+        try:
+            with listening(self._look_up):
+                why = self._score(part, task)
+            if why is not None:
+                self._processes.first(partial(self._note_not_whole, part, task, why))
+        except ClaimLost as lost:
+            self._say(f"{part}: step {unit.step} on {unit.set_name} is left to another worker ({lost})")
+        except InterruptedError as interrupted:
+            self._say(f"{part}: step {unit.step} on {unit.set_name} is given up ({interrupted.strerror})")
+        finally:
+            if self._claim is not None:
+                let_go(task.checkpoints)
+                self._claim.release()
+                self._claim = None
 
     def _remaining(self, part: Part, stage: StageState) -> Remaining:
         """What remains to be scored of a part."""
@@ -213,24 +231,6 @@ class Worker:
             return None
         self._claim = claim
         return Task(number, unit, held, content, stamp(part.stage.config))
-
-    def _do(self, task: Task) -> None:
-        """Score, on all processes; what keeps one of them from it keeps all."""
-        part, unit = self._parts[task.part], task.unit
-        try:
-            with listening(self._look_up):
-                why = self._score(part, task)
-            if why is not None:
-                self._processes.first(partial(self._note_not_whole, part, task, why))
-        except ClaimLost as lost:
-            self._say(f"{part}: step {unit.step} on {unit.set_name} is left to another worker ({lost})")
-        except InterruptedError as interrupted:
-            self._say(f"{part}: step {unit.step} on {unit.set_name} is given up ({interrupted.strerror})")
-        finally:
-            if self._claim is not None:
-                let_go(task.checkpoints)
-                self._claim.release()
-                self._claim = None
 
     def _score(self, part: Part, task: Task) -> str | None:
         """Score a task; what is wrong with its checkpoint, where it is not whole."""
