@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "watch",
         help="score checkpoints as they appear, beside a training or after it, together with other workers",
         epilog="Exit status: 0 the training has finished and everything is scored; 3 the training is gone and what it "
-        "left is scored; 128 + n on signal n; 2 bad input.",
+        "left is scored; 128 + n on signal n; 2 bad input. torchrun and accelerate launch make 1 of all but 0.",
     )
     watch.add_argument("run", type=Path, metavar="DIR", help="run directory; may be about to be made")
     watch.add_argument(

@@ -31,7 +31,7 @@ def test_each_unit_is_done_or_damaged_or_remains_once(
     listed: Listed, sets: list[str], count: int, awaited: str | None
 ) -> None:
     estimates = BOTH[:count]
-    found = remaining(listed, sets, estimates, awaited)
+    found = remaining(listed, tuple(sets), estimates, awaited)
     together = [*found.free, *found.claimed, *found.later]
     assert len(set(together)) == len(together)
     for unit in (Unit(step, name) for step in range(1, 7) for name in SETS):
@@ -39,8 +39,9 @@ def test_each_unit_is_done_or_damaged_or_remains_once(
         there = unit.step in listed.steps and unit.step not in listed.damaged and unit.set_name in sets
         assert (unit in together) == (there and not done)
     for units in (found.free, found.claimed, found.later):
-        assert units == sorted(units, key=lambda unit: (unit.step, sets.index(unit.set_name)))
+        assert list(units) == sorted(units, key=lambda unit: (unit.step, sets.index(unit.set_name)))
     assert not listed.claimed.intersection(found.free) and listed.claimed.issuperset(found.claimed)
+    assert set(found.leftover) == listed.claimed.difference(together)
     validates = [unit for unit in found.later if unit.step not in listed.unsettled]
     assert validates in ([], [Unit(max(listed.steps, default=0), awaited or "")])
     assert not any((unit, "mean") in listed.scored for unit in validates)
@@ -57,8 +58,8 @@ def test_what_is_scored_leaves_the_rest_as_it_is_until_nothing_remains(listed: L
             listed.claimed - {unit}, listed.damaged, listed.unsettled,
         )  # fmt: skip
         after = remaining(listed, SETS, BOTH, None)
-        assert after.free == [each for each in found.free if each != unit]
-        assert after.claimed == [each for each in found.claimed if each != unit]
+        assert after.free == tuple(each for each in found.free if each != unit)
+        assert after.claimed == tuple(each for each in found.claimed if each != unit)
         assert after.later == found.later
         found = after
     assert bool(found) == bool(found.later)

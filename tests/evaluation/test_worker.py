@@ -32,14 +32,16 @@ from trainer.scoring.shares import OneProcess
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = OneProcess(torch.device("cpu"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 WAIT_S = 240
 
 WATCH = f"""
-import importlib, sys, time
+import importlib, os, sys, time
 for module, values in { ({module.__name__: values for module, values in HURRY.items()})!r}.items():
     for name, value in values.items():
         setattr(importlib.import_module(module), name, value)
-from trainer.evaluation import held
+from trainer.evaluation import held, lifetime
+lifetime.BEGIN_WITHIN_S *= float(os.environ.get("PATIENCE", 1))
 score_checkpoint = held.score_checkpoint
 def slowly(*arguments, **options):
     time.sleep(0.1)
@@ -56,10 +58,14 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts `python -m trainer ...` with short waits; what it says goes to a file, and it ends with the test."""
     processes = []
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
+    script = tmp_path / "watch.py"
+    script.write_text(WATCH)
+
+    def start(*arguments: object, world: int = 1, patience: int = 1) -> subprocess.Popen[str]:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+        command = [sys.executable, *(torchrun if world > 1 else []), str(script), *map(str, arguments)]
         with (tmp_path / f"said{len(processes)}").open("w") as said:
-            command = [sys.executable, "-c", WATCH, *map(str, arguments)]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = {**ENVIRONMENT, "PATIENCE": str(patience)}
             processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
         return processes[-1]
 
@@ -278,7 +284,7 @@ def test_a_set_with_one_run_is_scored_and_an_unknown_set_is_refused(
     run = make_crowd(debug_run, tmp_path / "run", [3])
     config = yaml.safe_load(run.stage(1).config.read_text())
     config["datasets"]["one"] = {"filter": {"films": ["life"], "repeats": [1]}}
-    run.stage(1).config.write_text(yaml.safe_dump(config))
+    run.stage(1).config.write_text(yaml.safe_dump(config, sort_keys=False))
     assert a_worker(run, "one").run_to_its_end() == 0
     assert full(run) == {(3, "one")}
     assert main(["watch", str(run.path), "--set", "tset"]) == 2
@@ -417,12 +423,13 @@ def test_watch_beside_a_live_training_gives_the_scores_of_evaluate_afterwards(
     tiny_shards: Path, debug_config: Path, tmp_path: Path, start: Start
 ) -> None:
     live, after = RunDirectory(tmp_path / "live"), RunDirectory(tmp_path / "after")
-    watching = start("watch", live.path, "--until-finished")  # before there is anything
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    watching = start("watch", live.path, "--until-finished", world=2, patience=60)  # before there is anything
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu2.yaml")]
+    arguments = ["-m", "trainer", "train", "--config", str(debug_config), "--run", str(live.path)]
     options = [f"data.shards={tiny_shards}", "checkpoint.keep_last=9", "stage1.epochs=4"]
-    arguments = ["train", "--config", str(debug_config), "--run", str(live.path), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, *arguments], env=environment, check=True, timeout=WAIT_S, capture_output=True)
+    command = [sys.executable, *launcher, *arguments, *options]
+    training = subprocess.run(command, env=ENVIRONMENT, timeout=WAIT_S, capture_output=True, text=True)
+    assert training.returncode == 0, training.stderr
     assert watching.wait(WAIT_S) == 0, (tmp_path / "said0").read_text()
     shutil.copytree(live.path, after.path)
     for number in (1, 2):

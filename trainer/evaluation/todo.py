@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,12 +48,12 @@ class Listed:
         unsettled: steps whose checkpoint is not whole, but may be so soon.
     """
 
-    steps: Set[int] = frozenset()
-    scored: Set[tuple[Unit, str]] = frozenset()
-    full: Set[tuple[Unit, str]] = frozenset()
-    claimed: Set[Unit] = frozenset()
-    damaged: Set[int] = frozenset()
-    unsettled: Set[int] = frozenset()
+    steps: frozenset[int] = frozenset()
+    scored: frozenset[tuple[Unit, str]] = frozenset()
+    full: frozenset[tuple[Unit, str]] = frozenset()
+    claimed: frozenset[Unit] = frozenset()
+    damaged: frozenset[int] = frozenset()
+    unsettled: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,20 @@ class Remaining:
         free: nobody has claimed it.
         claimed: somebody has, who may be dead.
         later: it cannot be scored yet.
+        leftover: what is claimed, and does not remain to be scored.
     """
 
-    free: list[Unit] = field(default_factory=list)
-    claimed: list[Unit] = field(default_factory=list)
-    later: list[Unit] = field(default_factory=list)
+    free: tuple[Unit, ...] = ()
+    claimed: tuple[Unit, ...] = ()
+    later: tuple[Unit, ...] = ()
+    leftover: tuple[Unit, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.free or self.claimed or self.later)
 
 
-def remaining(listed: Listed, sets: Sequence[str], estimates: Sequence[str], awaited: str | None) -> Remaining:
+@lru_cache(maxsize=8)  # most polls ask again what the last one did
+def remaining(listed: Listed, sets: tuple[str, ...], estimates: tuple[str, ...], awaited: str | None) -> Remaining:
     """What remains to be scored of a part of a run.
 
     Args:
@@ -83,22 +87,24 @@ def remaining(listed: Listed, sets: Sequence[str], estimates: Sequence[str], awa
         awaited: the set that the training itself will validate its newest checkpoint on, if it still will. It chooses
             by what it writes then, and must not find that a worker was faster.
     """
-    found = Remaining()
+    free: list[Unit] = []
+    claimed: list[Unit] = []
+    later: list[Unit] = []
     newest = max(listed.steps, default=None)
-    for step in sorted(listed.steps - listed.damaged):
-        for unit in (Unit(step, name) for name in sets):
-            if all((unit, estimate) in listed.full for estimate in estimates):
-                continue
-            validates = unit == (newest, awaited) and (unit, "mean") not in listed.scored
-            if validates or step in listed.unsettled:
-                found.later.append(unit)
-            else:
-                (found.claimed if unit in listed.claimed else found.free).append(unit)
-    return found
+    for unit in (Unit(step, name) for step in sorted(listed.steps - listed.damaged) for name in sets):
+        if all((unit, estimate) in listed.full for estimate in estimates):
+            continue
+        validates = unit == (newest, awaited) and (unit, "mean") not in listed.scored
+        if validates or unit.step in listed.unsettled:
+            later.append(unit)
+        else:
+            (claimed if unit in listed.claimed else free).append(unit)
+    leftover = sorted(listed.claimed.difference(free, claimed, later))
+    return Remaining(tuple(free), tuple(claimed), tuple(later), tuple(leftover))
 
 
 class Part:
-    """A stage of a run, or its refit, as workers see it.
+    """A stage of a run, or its refit, as workers see it; `config` tells apart the configurations that it had.
 
     A look lists three folders and remembers which score files were full, so that nothing is read twice; what is
     remembered is forgotten as soon as checkpoints come or go, or the stage starts or finishes, since a training may
@@ -111,6 +117,8 @@ class Part:
         self.directory = self.stage.refit if refit else self.stage
         self.claims = Claims(self.directory.claims)
         self.estimates = ESTIMATES[:1] if number == 1 else ESTIMATES
+        self.config: object = None
+        self._finished = self.stage.path / "finished.json"
         self._files: list[str] | None = None
         self._state: object = None
         self._read: dict[tuple[Unit, str], bool] = {}
@@ -119,17 +127,21 @@ class Part:
     def __str__(self) -> str:
         return f"{self.stage.path.name}{'/refit' if self.refit else ''}"
 
-    def look(self, unsettled: Set[int]) -> Listed:
+    def look(self, unsettled: frozenset[int]) -> Listed:
         """What the folders show now; costs their listing, and a read of each new score file."""
-        folders, files = _names(self.directory.checkpoints), _names(self.directory.scores)
-        state = (folders, stamp(self.stage.config), stamp(self.stage.path / "finished.json"))
+        folders = _names(self.directory.checkpoints)
+        if not folders:
+            return Listed()
+        files = _names(self.directory.scores)
+        self.config = stamp(self.stage.config)
+        state = (folders, self.config, stamp(self._finished))
         if state != self._state:
             self._read.clear()
         if (state, files) != (self._state, self._files):
             self._listed = self._parse(files)
             self._state, self._files = state, files
         claims = (_CLAIM.fullmatch(name) for name in self.claims.names())
-        claimed = {Unit(int(match[1]), match[2]) for match in claims if match}
+        claimed = frozenset(Unit(int(match[1]), match[2]) for match in claims if match)
         return replace(self._listed, claimed=claimed, unsettled=unsettled)
 
     def is_done(self, unit: Unit) -> bool:
@@ -150,14 +162,14 @@ class Part:
     def _parse(self, files: Sequence[str]) -> Listed:
         """The listing of the score files, with what those say that have not been read."""
         matches = [match for match in map(_SCORE.fullmatch, files) if match]
-        scored = {(Unit(int(match[1]), match[2]), match[3]) for match in matches}
+        scored = frozenset((Unit(int(match[1]), match[2]), match[3]) for match in matches)
         for unit, estimate in scored - self._read.keys():
             self._read[unit, estimate] = _is_full(self._path(unit, estimate))
         return Listed(
             steps=frozenset(checkpoint.steps(self.directory.checkpoints)),
             scored=scored,
-            full={key for key in scored if self._read[key]},
-            damaged={int(match[1]) for match in map(_DAMAGED.fullmatch, files) if match},
+            full=frozenset(key for key in scored if self._read[key]),
+            damaged=frozenset(int(match[1]) for match in map(_DAMAGED.fullmatch, files) if match),
         )
 
     def _damaged(self, step: int) -> Path:

@@ -22,7 +22,7 @@ from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.evaluation.held import Settling, content_of, hold, let_go, let_go_of, score_if_whole
 from trainer.evaluation.lifetime import Life, StageState, first_config, pause, state_of
-from trainer.evaluation.todo import Part, Remaining, Unit, parts_of, remaining, stamp
+from trainer.evaluation.todo import Part, Remaining, Unit, parts_of, remaining
 from trainer.progress import listening, say
 from trainer.run import checkpoint
 from trainer.run.claims import Claim, ClaimLost
@@ -171,7 +171,8 @@ class Worker:
                 return task
         if any(found):
             return None
-        self._tidy()
+        for part, rest in zip(self._parts, found, strict=True):
+            self._tidy(part, rest.leftover)
         return self._life.ending(stages) if self._until_finished else None
 
     def do(self, task: Task) -> None:
@@ -195,12 +196,11 @@ class Worker:
     def _remaining(self, part: Part, stage: StageState) -> Remaining:
         """What remains to be scored of a part."""
         listed = part.look(self._settling.steps(part.directory.checkpoints))
-        config = stamp(part.stage.config)
-        if not listed.steps or config is None:
+        if not listed.steps or part.config is None:
             return Remaining()
-        study = self._study(part, config)
+        study = self._study(part, part.config)
         trains = not part.refit and not stage.finished and self._life.may_live
-        sets = sets_of(study, self._sets, refit=part.refit)
+        sets = tuple(sets_of(study, self._sets, refit=part.refit))
         return remaining(listed, sets, part.estimates, study.config.val_set_name if trains else None)
 
     def _study(self, part: Part, config: object) -> Study:
@@ -230,7 +230,7 @@ class Worker:
         if held is None:
             return None
         self._claim = claim
-        return Task(number, unit, held, content, stamp(part.stage.config))
+        return Task(number, unit, held, content, part.config)
 
     def _score(self, part: Part, task: Task) -> str | None:
         """Score a task; what is wrong with its checkpoint, where it is not whole."""
@@ -263,14 +263,13 @@ class Worker:
             part.record_damaged(step, why)
             say(f"{part}: step {step} is damaged, and left out: {why}")
 
-    def _tidy(self) -> None:
-        """Remove the claims that dead workers left on what is scored or gone."""
-        for part in self._parts:
-            for name in part.claims.names():
-                claim = part.claims.take(name)
-                if claim is not None:
-                    with claim:
-                        let_go_of(part.directory.checkpoints, name)
+    def _tidy(self, part: Part, leftover: Sequence[Unit]) -> None:
+        """Remove the claims that dead workers left on what is scored, or deleted."""
+        for unit in leftover:
+            claim = part.claims.take(str(unit))
+            if claim is not None:
+                with claim:
+                    let_go_of(part.directory.checkpoints, str(unit))
 
     def _say(self, line: str) -> None:
         if self._processes.is_main:
