@@ -82,6 +82,26 @@ def _parser() -> argparse.ArgumentParser:
     ensemble.add_argument("--choose-on", required=True, metavar="NAME", help="set that chooses; scored before")
     ensemble.add_argument("--best", type=int, default=3, metavar="N", help="checkpoints a parcel (default: 3)")
     ensemble.set_defaults(run_command=_ensemble)
+
+    watch = commands.add_parser(
+        "watch",
+        help="score checkpoints as they appear, beside a training or after it, together with other workers",
+        epilog="Exit status: 0 the training has finished and everything is scored; 3 the training is gone and what it "
+        "left is scored; 128 + n on signal n; 2 bad input. torchrun and accelerate launch make 1 of all but 0.",
+    )
+    watch.add_argument("run", type=Path, metavar="DIR", help="run directory; may be about to be made")
+    watch.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        dest="sets",
+        metavar="NAME",
+        help="sets (default: all not trained on)",
+    )
+    watch.add_argument(
+        "--until-finished", action="store_true", help="end with the training (default: watch until a signal)"
+    )
+    watch.set_defaults(run_command=_watch)
     return parser
 
 
@@ -151,3 +171,10 @@ def _ensemble(arguments: argparse.Namespace) -> int:
     runs = [RunDirectory(path) for path in arguments.runs]
     ensemble(runs, arguments.set_name, arguments.choose_on, arguments.best)
     return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation.worker import watch
+    from trainer.run.directory import RunDirectory
+
+    return watch(RunDirectory(arguments.run), arguments.sets, until_finished=arguments.until_finished)

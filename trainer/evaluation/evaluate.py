@@ -1,45 +1,66 @@
-"""Score checkpoints of a run now, once: `python -m trainer evaluate`."""
+"""Score checkpoints of a run now, once: `python -m trainer evaluate`. Alone, or on several processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
+from functools import partial
 
 from trainer.config import load_config
 from trainer.data.study import Study
 from trainer.errors import InputError
-from trainer.progress import say
+from trainer.evaluation.held import score_if_whole
+from trainer.evaluation.todo import Part
+from trainer.evaluation.worker import sets_of
+from trainer.progress import listening, say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
-from trainer.scoring.score import score_checkpoint
-from trainer.scoring.shares import OneProcess
+from trainer.run.processes import make_processes
+from trainer.run.watchdog import Watchdog
+from trainer.scoring.shares import Ranks
 
 
 def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence[str] | None) -> None:
     """Score the checkpoints that `step` names (a number, `best`, `last` or `all`) on sets of the configuration.
 
-    `best` is the refitted model where there is one.
+    `best` is the refitted model where there is one. What is asked for is scored, whether or not it was before; of
+    `all`, a damaged one is recorded and passed over.
 
     Raises:
-        InputError: no such checkpoint or set.
+        InputError: no such checkpoint or set, or the checkpoint is damaged.
     """
-    processes = OneProcess(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for number in stages:
-        directory = run.stage(number)
-        study = Study(load_config(directory.config))
-        refitted = step == "best" and directory.finished() is not None and study.config.train.refit
-        chosen = directory.refit if refitted else directory
-        named = list(sets) if sets else study.scored_sets(refit=refitted)
-        for name in named:
-            if name not in study.spans:
-                known = ", ".join(study.spans)
-                raise InputError("--set", "no such set in the run", found=name, expected=f"one of {known}")
-            if refitted and name in ("train", study.config.val_set_name):
-                fix = "Score a checkpoint from before the refit with --step N or last."
-                raise InputError("--set", f"the refitted model was trained on {name}", fix=fix)
-        for each in _steps(chosen, step, study.config.val_set_name):
-            score_checkpoint(chosen, number, each, study, named, processes, say)
+    config = load_config(run.stage(stages[0]).config)
+    processes = make_processes(precision="no", deterministic=config.deterministic, timeout_s=config.timeout_s)
+    with Watchdog(processes, config.timeout_s) as watchdog, listening(watchdog.alive):
+        for number in stages:
+            _evaluate_stage(run, number, step, sets, processes)
+
+
+def _evaluate_stage(run: RunDirectory, number: int, step: str, sets: Sequence[str] | None, processes: Ranks) -> None:
+    stage = run.stage(number)
+    study = Study(load_config(stage.config))
+    refitted = step == "best" and stage.finished() is not None and study.config.train.refit
+    part = Part(run, number, refit=refitted)
+    named = _named(study, sets, refit=refitted)
+    for each in processes.first(partial(_steps, part.directory, step, study.config.val_set_name)):
+        why = score_if_whole(part.directory, number, each, study, named, processes)
+        if why is None:
+            processes.first(partial(part.forget_damaged, each))
+        elif step == "all":
+            processes.first(partial(part.record_damaged, each, why))
+            if processes.is_main:
+                say(f"{part}: step {each} is damaged, and left out: {why}")
+        else:
+            raise InputError(why, "")
+
+
+def _named(study: Study, names: Sequence[str] | None, *, refit: bool) -> list[str]:
+    """The sets to score. Raises InputError for one that the refitted model was trained on."""
+    named = sets_of(study, names, refit=refit)
+    trained_on = [name for name in names or () if name not in named]
+    if trained_on:
+        fix = "Score a checkpoint from before the refit with --step N or last."
+        raise InputError("--set", f"the refitted model was trained on {trained_on[0]}", fix=fix)
+    return named
 
 
 def _steps(directory: StageDirectory, wanted: str, val_set_name: str) -> list[int]:

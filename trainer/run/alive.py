@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +66,20 @@ class Owner:
 
 
 class CounterWatch:
-    """Whether a counter that somebody else writes advances, by our clock alone."""
+    """Whether a counter that somebody else writes advances, by our clock alone; `advanced` once it has."""
 
     def __init__(self, stale_after_s: float) -> None:
+        self.advanced = False
         self._stale_after_s = stale_after_s
         self._value: object = None
         self._since: float | None = None
-        self._advanced = False
+
+    def still_s(self, value: object, now: float) -> float:
+        """Note the counter at a time of our clock; returns for how many seconds it has stood still."""
+        if self._since is None or value != self._value:
+            self.advanced = self._since is not None
+            self._value, self._since = value, now
+        return now - self._since
 
     def saw(self, value: object, now: float) -> bool | None:
         """Note the counter at a time of our clock.
@@ -79,12 +88,51 @@ class CounterWatch:
             True if it has advanced, the last time less than `stale_after_s` ago; False if it has stood still for so
             long; None while neither can be told.
         """
-        if self._since is None or value != self._value:
-            self._advanced = self._since is not None
-            self._value, self._since = value, now
-        if now - self._since >= self._stale_after_s:
+        if self.still_s(value, now) >= self._stale_after_s:
             return False
-        return True if self._advanced else None
+        return True if self.advanced else None
+
+    def lives(self, owner: Owner, value: object, now: float) -> bool | None:
+        """Whether the owner of the counter lives: seen where it can be, else told by the counter as `saw` tells it."""
+        seen = owner.lives()
+        return self.saw((owner, value), now) if seen is None else seen
+
+
+class Pulse:
+    """Calls `beat` every few seconds from a thread, so that work that takes long does not look like death.
+
+    A beat that the disk refuses is a warning, said once, and no end.
+    """
+
+    def __init__(self, path: Path, beat: Callable[[], None], every_s: float) -> None:
+        self._path, self._beat, self._every_s = path, beat, every_s
+        self._warned = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat_until_stopped, name=f"pulse of {path.name}", daemon=True)
+
+    def start(self) -> None:
+        """Beat at once, and from now on."""
+        self.beat()
+        self._thread.start()
+
+    def beat(self) -> None:
+        """Beat once."""
+        try:
+            self._beat()
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self._path} cannot be written: {error}", file=sys.stderr)
+            self._warned = True
+
+    def stop(self) -> bool:
+        """Beat no more; False where a beat hangs, on a dead disk say, and must not be overtaken by another write."""
+        self._stop.set()
+        self._thread.join(timeout=2 * self._every_s)
+        return not self._thread.is_alive()
+
+    def _beat_until_stopped(self) -> None:
+        while not self._stop.wait(self._every_s):
+            self.beat()
 
 
 def _status(pid: int) -> tuple[str, int] | None:

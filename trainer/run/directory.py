@@ -1,6 +1,7 @@
 """The layout of a run directory: who starts, how far a stage is, and how it ended.
 
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
+    RUN/stage1/claims/     what is being scored, and by which worker
     RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
     RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
     RUN/*.png              figures
@@ -39,6 +40,7 @@ class StageDirectory:
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.scores = path / "scores"
+        self.claims = path / "claims"
         self.metrics = path / "logs" / "metrics.jsonl"
 
     @property
@@ -106,9 +108,11 @@ class StageDirectory:
         return [lines[key] for key in sorted(lines)]
 
     def scores_with_paths(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All score files of the stage, in the order of their names."""
+        """All score files of the stage, in the order of their names; what else lies beside them is passed over."""
         for path in sorted(self.scores.glob("*.json")):
-            yield path, read_json(path)
+            score = read_json(path)
+            if "estimate" in score:
+                yield path, score
 
     def read_scores(self) -> Iterator[dict[str, Any]]:
         """What all score files of the stage hold."""

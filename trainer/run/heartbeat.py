@@ -11,7 +11,6 @@ trusted. A process that finds a newer start than its own was taken for dead (it 
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.run.alive import CounterWatch, Owner
+from trainer.run.alive import CounterWatch, Owner, Pulse
 from trainer.run.files import as_json, read_json, write_json, write_new
 
 BEAT_EVERY_S = 5.0
@@ -83,15 +82,26 @@ def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] |
         owner = Owner.read(beat)
         if owner == Owner.this():  # an earlier training of this very process is over
             return None
-        lives = owner.lives()
-        if lives is None and patience:
-            lives = watch.saw((beat["start"], beat["count"]), time.monotonic())
+        counter = (beat["start"], beat["count"])
+        lives = watch.lives(owner, counter, time.monotonic()) if patience else owner.lives()
         if lives is not None or not patience:
             return None if lives is False else beat
         if not told:
             print(f"{folder}: waiting up to {patience:.0f} s for a sign of life of {owner}", file=sys.stderr)
             told = True
         time.sleep(LOOK_EVERY_S)
+
+
+def sign_of_life(folder: Path) -> object:
+    """What differs from look to look while somebody trains in a stage directory, and is the same while nobody does.
+
+    For who looks now and then and does not wait: a `CounterWatch` tells how long it has stood still.
+    """
+    beat = read_heartbeat(folder)
+    if beat is None:
+        return None
+    lives = False if "ended" in beat else Owner.read(beat).lives()
+    return (beat["start"], beat["count"], time.monotonic() if lives else None)
 
 
 def describe(beat: Mapping[str, Any]) -> str:
@@ -149,46 +159,35 @@ class Heartbeat:
         self._folder, self._start = folder, start
         self._mark = _mark(folder, start)
         self._place: tuple[str, int, int] = ("", 0, 0)
-        self._pace, self._count, self._warned = Pace(), 0, False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat_until_stopped, name="heartbeat", daemon=True)
+        self._pace, self._count = Pace(), 0
+        self._ending: dict[str, Any] = {}
+        self._pulse = Pulse(folder / "heartbeat.json", self._beat, BEAT_EVERY_S)
 
     def at(self, step: int, total: int, title: str) -> None:
         """Say how far the training is; costs nothing, the next beat writes it."""
         self._place = (title, step, total)
 
     def __enter__(self) -> Heartbeat:
-        self._beat()
-        self._thread.start()
+        self._pulse.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join(timeout=2 * BEAT_EVERY_S)
-        if not self._thread.is_alive():  # a beat that hangs on a dead disk must not be overtaken
-            self._beat(ended=_ending(error))
+        if self._pulse.stop():
+            self._ending = {"ended": _ending(error)}
+            self._pulse.beat()
 
-    def _beat_until_stopped(self) -> None:
-        while not self._stop.wait(BEAT_EVERY_S):
-            self._beat()
-
-    def _beat(self, **ending: Any) -> None:
-        try:
-            self.superseded = self.superseded or _mark(self._folder, self._start) != self._mark
-            self.superseded = self.superseded or newest_start(self._folder) != self._start
-            if self.superseded:
-                return
-            title, step, total = self._place
-            self._count += 1
-            pace = self._pace.saw(title, step, time.monotonic())
-            place = {"step": step, "total": total, "title": title, "steps_per_s": pace}
-            _write(self._folder, self._start, self._count, {**place, **ending})
-        except OSError as error:
-            if not self._warned:
-                print(f"warning: {self._folder / 'heartbeat.json'} cannot be written: {error}", file=sys.stderr)
-            self._warned = True
+    def _beat(self) -> None:
+        self.superseded = self.superseded or _mark(self._folder, self._start) != self._mark
+        self.superseded = self.superseded or newest_start(self._folder) != self._start
+        if self.superseded:
+            return
+        title, step, total = self._place
+        self._count += 1
+        pace = self._pace.saw(title, step, time.monotonic())
+        place = {"step": step, "total": total, "title": title, "steps_per_s": pace}
+        _write(self._folder, self._start, self._count, {**place, **self._ending})
 
 
 def _write(folder: Path, start: int, count: int, facts: Mapping[str, Any]) -> None:

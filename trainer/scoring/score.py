@@ -39,6 +39,8 @@ def score_checkpoint(
     sets: Sequence[str],
     processes: Ranks,
     say: Callable[[str], None],
+    *,
+    full: bool = False,
 ) -> None:
     """Score one checkpoint on some sets; the main process writes the score files and prints them through `say`.
 
@@ -50,7 +52,7 @@ def score_checkpoint(
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
     for set_name in sets:
         scores = score_set(predictor, study, set_name, processes)
-        facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch}
+        facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, **({"full": True} if full else {})}
         processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, say))
 
 
