@@ -29,6 +29,8 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 # Scores draw their noise from an epoch that no training reaches.
 SCORING_EPOCH = 2**31 - 1
+FIRST_SAMPLE = 1000
+"""Samples after the first draw from keys folded with numbers from here on, which nothing else uses."""
 LOSS_DRAWS = 8
 """Times and noises that the flow's validation loss is averaged over, the same for every checkpoint."""
 
@@ -90,7 +92,7 @@ class FlowPredictor:
         """`count` draws around the anchor, each (B, S, T, V), one at a time; the first is what `predict` gives."""
         items, around, batch = self._around(batch)
         for draw in range(count):
-            keys = fold_in(items.keys, draw) if draw else items.keys
+            keys = fold_in(items.keys, FIRST_SAMPLE + draw) if draw else items.keys
             arguments = (around, items.mask, items.subject, keys)
             yield items.put(self.flow.sample(*arguments, temperature=self.options.temperature), batch.bold)
 
