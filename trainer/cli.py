@@ -14,6 +14,8 @@ from pathlib import Path
 from trainer.config import load_config
 from trainer.errors import InputError, exit_on_input_error
 
+Commands = argparse._SubParsersAction  # the type of what add_subparsers gives has no public name
+
 
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_evaluate, _add_status, _add_predict, _add_export, _add_ensemble, _add_watch):
+        add(commands)
+    return parser
 
+
+def _add_train(commands: Commands) -> None:
     train = commands.add_parser("train", help="train both stages, score them and draw figures")
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: output/<name of the config>)")
@@ -41,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. stage1.lr=1e-3")
     train.set_defaults(run_command=_train)
 
+
+def _add_evaluate(commands: Commands) -> None:
     evaluate = commands.add_parser("evaluate", help="score checkpoints now, once")
     evaluate.add_argument("run", type=Path, metavar="DIR", help="run directory")
     evaluate.add_argument("--stage", choices=["1", "2"], help="which stage (default: both that are there)")
@@ -55,10 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(run_command=_evaluate)
 
+
+def _add_status(commands: Commands) -> None:
     status = commands.add_parser("status", help="say how far a run is, and who trains it")
     status.add_argument("run", type=Path, metavar="DIR", help="run directory")
     status.set_defaults(run_command=_status)
 
+
+def _add_predict(commands: Commands) -> None:
     predict = commands.add_parser("predict", help="write what a trained model predicts for a set, with BOLD or without")
     predict.add_argument("run", type=Path, metavar="DIR", help="run directory")
     predict.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="a set of the configuration")
@@ -70,12 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. datasets.s7.filter.seasons=[7]")
     predict.set_defaults(run_command=_predict)
 
+
+def _add_export(commands: Commands) -> None:
     export = commands.add_parser("export", help="write a trained model as a folder that trainer.load reads")
     export.add_argument("run", type=Path, metavar="DIR", help="run directory")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
     export.add_argument("--stage", type=int, choices=[1, 2], help="which stage (default: 2 where it is finished)")
     export.set_defaults(run_command=_export)
 
+
+def _add_ensemble(commands: Commands) -> None:
     ensemble = commands.add_parser("ensemble", help="score the average of the best checkpoints of several runs")
     ensemble.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="run directories")
     ensemble.add_argument("--set", required=True, dest="set_name", metavar="NAME", help="set to score")
@@ -83,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     ensemble.add_argument("--best", type=int, default=3, metavar="N", help="checkpoints a parcel (default: 3)")
     ensemble.set_defaults(run_command=_ensemble)
 
+
+def _add_watch(commands: Commands) -> None:
     watch = commands.add_parser(
         "watch",
         help="score checkpoints as they appear, beside a training or after it, together with other workers",
@@ -102,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
         "--until-finished", action="store_true", help="end with the training (default: watch until a signal)"
     )
     watch.set_defaults(run_command=_watch)
-    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
