@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,7 +48,12 @@ def test_an_error_of_one_rank_is_raised_on_all(failing: int, error: Exception) -
 
 def test_only_the_main_process_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
-    monkeypatch.setattr(shares, "watched", lambda items, title, total: bars.append((title, total)) or items)
+
+    def watched(items: Iterator[int], title: str, total: int, *, visible: bool) -> Iterator[int]:
+        bars.append((title, total, visible))
+        return items
+
+    monkeypatch.setattr(shares, "watched", watched)
     seen = on_ranks(3, lambda rank: list(shares.shown(rank, iter([rank.rank]), "scoring val", 7)))
     assert seen == [[0], [1], [2]]
-    assert bars == [("scoring val", 3)]
+    assert sorted(bars) == [("scoring val", 2, False), ("scoring val", 2, False), ("scoring val", 3, True)]

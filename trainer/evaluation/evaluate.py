@@ -39,7 +39,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
                 fix = "Score a checkpoint from before the refit with --step N or last."
                 raise InputError("--set", f"the refitted model was trained on {name}", fix=fix)
         for each in _steps(chosen, step, study.config.val_set_name):
-            score_checkpoint(chosen, number, each, study, named, processes, say)
+            score_checkpoint(chosen, number, each, study, named, processes, say, full=True)
 
 
 def _steps(directory: StageDirectory, wanted: str, val_set_name: str) -> list[int]:

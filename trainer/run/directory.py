@@ -3,6 +3,7 @@
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
     RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
     RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
+    RUN/ceilings/          what bounds the scores of each set, whatever the model
     RUN/*.png              figures
 
 Whoever trains, scores, draws or reports reads and writes a run through these two classes, so the layout is said once.
@@ -106,9 +107,11 @@ class StageDirectory:
         return [lines[key] for key in sorted(lines)]
 
     def scores_with_paths(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All score files of the stage, in the order of their names."""
+        """All score files of the stage, in the order of their names; other files about checkpoints are passed over."""
         for path in sorted(self.scores.glob("*.json")):
-            yield path, read_json(path)
+            content = read_json(path)
+            if "estimate" in content:
+                yield path, content
 
     def read_scores(self) -> Iterator[dict[str, Any]]:
         """What all score files of the stage hold."""
@@ -178,7 +181,7 @@ class RunDirectory:
             shutil.rmtree(deleted)
 
 
-_OURS = {"stage1", "stage2", "figures"}
+_OURS = {"stage1", "stage2", "ceilings", "figures"}
 _OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 

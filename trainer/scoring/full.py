@@ -1,0 +1,82 @@
+"""What a full scoring says of a checkpoint and a set beyond r: how sure it is, and what it is run by run.
+
+    "ci": [low, high], "ci_per_subject": {"1": [low, high]}, "ci_by": "blocks of 60 s" | "runs"
+    "per_run": {"friends_s06e01a": r}, "per_film": {"figures": r, "season 6": r}
+
+A key whose value is not known (no resamplings, runs too short to draw blocks from) is absent; null is not a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.manifest import Sample
+from trainer.data.study import Study
+from trainer.scoring.intervals import BLOCK_S, bootstrap, can_draw, draws_runs, interval, overall_interval
+from trainer.scoring.metrics import merged
+from trainer.scoring.records import finite
+from trainer.scoring.sets import Details, SetScores
+from trainer.scoring.shares import Ranks
+
+
+def details_of(study: Study, set_name: str) -> Details:
+    """What is kept of the runs of a set: the longest one is shown, and all are where blocks of them are drawn again."""
+    lengths = [len(span) for span in study.spans[set_name]]
+    blocks = (
+        study.config.evaluate.bootstrap > 0 and not draws_runs(len(lengths)) and can_draw(lengths, study.manifest.tr)
+    )
+    return Details(series=frozenset(range(len(lengths)) if blocks else [longest(lengths)]))
+
+
+def longest(lengths: Sequence[int]) -> int:
+    """The first of the longest runs."""
+    return lengths.index(max(lengths))
+
+
+def resample(scores: SetScores, study: Study, set_name: str, processes: Ranks) -> dict[str, np.ndarray]:
+    """Estimate -> r (B, S) of each subject in each resampling, on every rank; empty where nothing is resampled."""
+    lengths = [len(span) for span in study.spans[set_name]]
+    n_resamplings, tr_s = study.config.evaluate.bootstrap, study.manifest.tr
+    if not n_resamplings or not can_draw(lengths, tr_s):
+        return {}
+    found = {}
+    for estimate in scores.estimates:
+        runs = [run.pairs[estimate] for run in scores.runs]
+        series = None if draws_runs(len(runs)) else [run.series[estimate] for run in scores.runs]
+        found[estimate] = bootstrap(set_name, n_resamplings, tr_s, runs, series, processes)
+    return found
+
+
+def interval_keys(scores: SetScores, estimate: str, resampled: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
+    """The confidence intervals of a score file."""
+    present = scores.correlations[estimate].present
+    by = "runs" if draws_runs(len(scores.runs)) else f"blocks of {BLOCK_S:.0f} s"
+    of_subjects = {label: interval(resampled[:, s]) for s, label in enumerate(subjects) if present[s]}
+    whole = overall_interval(resampled, present)
+    if whole is None:
+        return {}
+    return {"ci": whole, "ci_per_subject": of_subjects, "ci_by": by}
+
+
+def part_keys(scores: SetScores, estimate: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    """r of each run, and of all runs of each film or season; `samples` are those of the runs."""
+    of_runs = [run.pairs[estimate] for run in scores.runs]
+    films: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        films.setdefault(film_of(sample), []).append(i)
+    return {
+        "per_run": {sample.key: finite(run.compute().overall) for sample, run in zip(samples, of_runs, strict=True)},
+        "per_film": {
+            film: finite(merged([of_runs[i] for i in runs]).compute().overall) for film, runs in films.items()
+        },
+    }
+
+
+def film_of(sample: Sample) -> str:
+    """The film or season that a run belongs to; its series where the layout names neither."""
+    if sample.film is not None:
+        return sample.film
+    return sample.series if sample.season is None else f"season {sample.season}"
