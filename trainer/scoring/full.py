@@ -1,7 +1,8 @@
-"""What a full scoring says of a checkpoint and a set beyond r: how sure it is, and what it is run by run.
+"""What a full scoring says of a checkpoint and a set beyond r: how sure it is, what it is run by run, what bounds it.
 
     "ci": [low, high], "ci_per_subject": {"1": [low, high]}, "ci_by": "blocks of 60 s" | "runs"
     "per_run": {"friends_s06e01a": r}, "per_film": {"figures": r, "season 6": r}
+    "ceiling": mean, "r_over_ceiling": mean over parcels with a ceiling of at least 0.1, "n_below_ceiling": the others
 
 A key whose value is not known (no resamplings, runs too short to draw blocks from) is absent; null is not a number.
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 from trainer.data.manifest import Sample
 from trainer.data.study import Study
+from trainer.scoring.ceilings import over_ceiling
 from trainer.scoring.intervals import BLOCK_S, bootstrap, can_draw, draws_runs, interval, overall_interval
 from trainer.scoring.metrics import merged
 from trainer.scoring.records import finite
@@ -72,6 +74,19 @@ def part_keys(scores: SetScores, estimate: str, samples: Sequence[Sample]) -> di
         "per_film": {
             film: finite(merged([of_runs[i] for i in runs]).compute().overall) for film, runs in films.items()
         },
+    }
+
+
+def ceiling_keys(scores: SetScores, estimate: str, ceiling: np.ndarray) -> dict[str, Any]:
+    """r over the noise ceiling (S, V); nothing where no subject has both."""
+    correlation = scores.correlations[estimate]
+    found = over_ceiling(correlation.r, ceiling, correlation.present)
+    if found is None:
+        return {}
+    return {
+        "ceiling": finite(found.mean_ceiling),
+        "r_over_ceiling": finite(found.ratio),
+        "n_below_ceiling": found.n_below,
     }
 
 

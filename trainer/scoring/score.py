@@ -15,6 +15,7 @@ from trainer.data.study import Study
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
 from trainer.scoring import full as beyond
+from trainer.scoring.ceilings import write_ceilings
 from trainer.scoring.predictor import load_predictor
 from trainer.scoring.records import lines, stem, write_array, write_scores
 from trainer.scoring.sets import ESTIMATES, NO_DETAILS, SetScores, score_set
@@ -49,12 +50,13 @@ def score_checkpoint(
         more: dict[str, dict[str, Any]] = {}
         arrays: dict[str, np.ndarray] = {}
         if full:
-            more, arrays = _judge(scores, study, set_name, processes)
+            ceiling = write_ceilings(directory, study, set_name, processes)
+            more, arrays = _judge(scores, ceiling, study, set_name, processes)
         processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, more, arrays, say))
 
 
 def _judge(
-    scores: SetScores, study: Study, set_name: str, processes: Ranks
+    scores: SetScores, ceiling: np.ndarray | None, study: Study, set_name: str, processes: Ranks
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """What goes into the score file of each estimate beyond r, and the arrays beside it."""
     subjects = study.manifest.subjects
@@ -65,6 +67,8 @@ def _judge(
         more[estimate] = {**beyond.part_keys(scores, estimate, samples), "full": True}
         if estimate in resampled:
             more[estimate] |= beyond.interval_keys(scores, estimate, resampled[estimate], subjects)
+        if ceiling is not None:
+            more[estimate] |= beyond.ceiling_keys(scores, estimate, ceiling)
     return more, {f"{estimate}-bootstrap": values for estimate, values in resampled.items()}
 
 
