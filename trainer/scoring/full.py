@@ -9,7 +9,7 @@ A key whose value is not known (no resamplings, runs too short to draw blocks fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from trainer.data.manifest import Sample
 from trainer.data.study import Study
 from trainer.scoring.ceilings import over_ceiling
+from trainer.scoring.distribution import Shown
 from trainer.scoring.intervals import BLOCK_S, bootstrap, can_draw, draws_runs, interval, overall_interval
 from trainer.scoring.metrics import merged
 from trainer.scoring.records import finite
@@ -50,6 +51,24 @@ def resample(scores: SetScores, study: Study, set_name: str, processes: Ranks) -
         series = None if draws_runs(len(runs)) else [run.series[estimate] for run in scores.runs]
         found[estimate] = bootstrap(set_name, n_resamplings, tr_s, runs, series, processes)
     return found
+
+
+def keys_of(
+    scores: SetScores,
+    estimate: str,
+    study: Study,
+    set_name: str,
+    ceiling: np.ndarray | None,
+    resampled: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """All that a score file says beyond r; `ceiling` (S, V) and the resamplings of `resample` may be absent."""
+    samples = [study.manifest.samples[span.sample] for span in study.spans[set_name]]
+    keys = {**part_keys(scores, estimate, samples), "full": True}
+    if estimate in resampled:
+        keys |= interval_keys(scores, estimate, resampled[estimate], study.manifest.subjects)
+    if ceiling is not None:
+        keys |= ceiling_keys(scores, estimate, ceiling)
+    return keys
 
 
 def interval_keys(scores: SetScores, estimate: str, resampled: np.ndarray, subjects: Sequence[str]) -> dict[str, Any]:
@@ -88,6 +107,41 @@ def ceiling_keys(scores: SetScores, estimate: str, ceiling: np.ndarray) -> dict[
         "r_over_ceiling": finite(found.ratio),
         "n_below_ceiling": found.n_below,
     }
+
+
+def shown_parcels(r: np.ndarray) -> np.ndarray:
+    """(S, 2): of each row of r (S, V) the best parcel and the median one; -1 where no r is a number."""
+    chosen = np.full((len(r), 2), -1)
+    for s, row in enumerate(r):
+        order = np.argsort(row, kind="stable")[: int(np.isfinite(row).sum())]
+        if len(order):
+            chosen[s] = order[-1], order[(len(order) - 1) // 2]
+    return chosen
+
+
+def series_of(
+    scores: SetScores, study: Study, set_name: str, shown: Shown, samples: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """What `-series.npz` holds: BOLD and prediction (S, 2, T) of the parcels that are shown in the longest run.
+
+    `samples` (K, S, 2, T) of the same; None where there are none. NaN for subjects without BOLD in that run.
+    """
+    kept = scores.runs[shown.run].series["mean"]
+    n_subjects, n_trs, _ = kept.bold.shape
+    bold, mean = (np.full((n_subjects, 2, n_trs), np.nan) for _ in range(2))
+    for s in np.flatnonzero(kept.present):
+        for place, parcel in enumerate(shown.parcels[s]):
+            if parcel >= 0:
+                bold[s, place], mean[s, place] = kept.bold[s, :, parcel], kept.prediction[s, :, parcel]
+    sample = study.manifest.samples[study.spans[set_name][shown.run].sample]
+    found = {
+        "run": np.array(sample.key),
+        "tr_s": np.array(study.manifest.tr),
+        "parcels": shown.parcels,
+        "bold": bold,
+        "mean": mean,
+    }
+    return found if samples is None else {**found, "samples": samples}
 
 
 def film_of(sample: Sample) -> str:

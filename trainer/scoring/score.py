@@ -1,11 +1,16 @@
-"""One checkpoint and some sets make score files, with the r of every parcel beside them.
+"""One checkpoint and some sets make score files, with arrays and further judgements beside them.
 
-A training scores plainly (r); `evaluate` and `watch` score in full, with all that `full` knows.
+    scores/step_00000500-val-mean.json      r, and in full what `full` knows (one file for each estimate)
+    scores/step_00000500-val-series.npz     in full: BOLD, prediction and samples of a few parcels in the longest run
+    scores/step_00000500-val-distribution.* in full, stage 2: its samples as a distribution
+
+A training scores plainly (r); `evaluate` and `watch` score in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,12 +19,28 @@ import numpy as np
 from trainer.data.study import Study
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
+from trainer.run.files import write_json
 from trainer.scoring import full as beyond
 from trainer.scoring.ceilings import write_ceilings
-from trainer.scoring.predictor import load_predictor
-from trainer.scoring.records import lines, stem, write_array, write_scores
-from trainer.scoring.sets import ESTIMATES, NO_DETAILS, SetScores, score_set
+from trainer.scoring.distribution import Baselines, Judgement, Shown, fit_baselines, judge_distribution
+from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
+from trainer.scoring.records import lines, stem, write_array, write_arrays, write_scores
+from trainer.scoring.sets import ESTIMATES, SetScores, score_set
 from trainer.scoring.shares import Ranks
+
+
+@dataclass
+class Findings:
+    """What a full scoring adds to the scores of a set.
+
+    keys: estimate -> keys of its score file.
+    bootstrap: estimate -> (B, S).
+    """
+
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bootstrap: dict[str, np.ndarray] = field(default_factory=dict)
+    series: dict[str, np.ndarray] = field(default_factory=dict)
+    distribution: Judgement | None = None
 
 
 def score_checkpoint(
@@ -43,33 +64,40 @@ def score_checkpoint(
     """
     predictor = load_predictor(directory, stage, step, study, processes.device, ESTIMATES[:stage])
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
+    baselines = None
+    if full and isinstance(predictor, FlowPredictor) and study.config.evaluate.samples:
+        baselines = fit_baselines(directory, predictor, study, processes)
     for set_name in sets:
-        details = beyond.details_of(study, set_name) if full else NO_DETAILS
-        scores = score_set(predictor, study, set_name, processes, details)
         facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": False}
-        more: dict[str, dict[str, Any]] = {}
-        arrays: dict[str, np.ndarray] = {}
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
-            more, arrays = _judge(scores, ceiling, study, set_name, processes)
-        processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, more, arrays, say))
+            scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name))
+            findings = _find(predictor, scores, ceiling, baselines, study, set_name, processes)
+        else:
+            scores, findings = score_set(predictor, study, set_name, processes), Findings()
+        processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, findings, say))
 
 
-def _judge(
-    scores: SetScores, ceiling: np.ndarray | None, study: Study, set_name: str, processes: Ranks
-) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """What goes into the score file of each estimate beyond r, and the arrays beside it."""
-    subjects = study.manifest.subjects
-    samples = [study.manifest.samples[span.sample] for span in study.spans[set_name]]
-    resampled = beyond.resample(scores, study, set_name, processes)
-    more: dict[str, dict[str, Any]] = {}
+def _find(
+    predictor: Predictor,
+    scores: SetScores,
+    ceiling: np.ndarray | None,
+    baselines: Baselines | None,
+    study: Study,
+    set_name: str,
+    processes: Ranks,
+) -> Findings:
+    """All there is to say of a set beyond r, on every rank."""
+    found = Findings(bootstrap=beyond.resample(scores, study, set_name, processes))
     for estimate in scores.estimates:
-        more[estimate] = {**beyond.part_keys(scores, estimate, samples), "full": True}
-        if estimate in resampled:
-            more[estimate] |= beyond.interval_keys(scores, estimate, resampled[estimate], subjects)
-        if ceiling is not None:
-            more[estimate] |= beyond.ceiling_keys(scores, estimate, ceiling)
-    return more, {f"{estimate}-bootstrap": values for estimate, values in resampled.items()}
+        found.keys[estimate] = beyond.keys_of(scores, estimate, study, set_name, ceiling, found.bootstrap)
+    lengths = [len(span) for span in study.spans[set_name]]
+    shown = Shown(beyond.longest(lengths), beyond.shown_parcels(scores.correlations["mean"].r))
+    if isinstance(predictor, FlowPredictor) and study.config.evaluate.samples:
+        found.distribution = judge_distribution(predictor, study, set_name, baselines, shown, processes)
+    samples = None if found.distribution is None else found.distribution.samples
+    found.series = beyond.series_of(scores, study, set_name, shown, samples)
+    return found
 
 
 def _record(
@@ -77,14 +105,19 @@ def _record(
     scores: SetScores,
     subjects: Sequence[str],
     facts: Mapping[str, Any],
-    more: Mapping[str, Mapping[str, Any]],
-    arrays: Mapping[str, np.ndarray],
+    findings: Findings,
     say: Callable[[str], None],
 ) -> None:
-    """Write and print the scores of a set."""
+    """Write and print the scores of a set. The score files come last: where they are full, the others are there."""
     begin = stem(directory, facts["step"], facts["set"])
-    for name, array in arrays.items():
-        write_array(begin.with_name(f"{begin.name}-{name}.npy"), array)
-    for estimate, score in write_scores(directory, scores, subjects, facts, more).items():
+    for estimate, resampled in findings.bootstrap.items():
+        write_array(begin.with_name(f"{begin.name}-{estimate}-bootstrap.npy"), resampled)
+    if findings.series:
+        write_arrays(begin.with_name(f"{begin.name}-series.npz"), findings.series)
+    if findings.distribution is not None:
+        write_arrays(begin.with_name(f"{begin.name}-distribution.npz"), findings.distribution.arrays)
+        known = {key: facts[key] for key in ("stage", "step", "set")}
+        write_json(begin.with_name(f"{begin.name}-distribution.json"), {**known, **findings.distribution.record})
+    for estimate, score in write_scores(directory, scores, subjects, facts, findings.keys).items():
         say(f"-- {facts['set']}, {estimate}, step {facts['step']} ({directory.scores})")
         say("\n".join(lines(score)))
