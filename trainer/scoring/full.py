@@ -3,6 +3,7 @@
     "ci": [low, high], "ci_per_subject": {"1": [low, high]}, "ci_by": "blocks of 60 s" | "runs"
     "per_run": {"friends_s06e01a": r}, "per_film": {"figures": r, "season 6": r}
     "ceiling": mean, "r_over_ceiling": mean over parcels with a ceiling of at least 0.1, "n_below_ceiling": the others
+    "rsa": {"all": rho, "Vis": rho}, "rsa_by": "TRs within runs" | "runs"
 
 A key whose value is not known (no resamplings, runs too short to draw blocks from) is absent; null is not a number.
 """
@@ -16,6 +17,7 @@ import numpy as np
 
 from trainer.data.manifest import Sample
 from trainer.data.study import Study
+from trainer.scoring import rsa
 from trainer.scoring.ceilings import over_ceiling
 from trainer.scoring.distribution import Shown
 from trainer.scoring.intervals import BLOCK_S, bootstrap, can_draw, draws_runs, interval, overall_interval
@@ -25,13 +27,19 @@ from trainer.scoring.sets import Details, SetScores
 from trainer.scoring.shares import Ranks
 
 
-def details_of(study: Study, set_name: str) -> Details:
-    """What is kept of the runs of a set: the longest one is shown, and all are where blocks of them are drawn again."""
+def details_of(study: Study, set_name: str, groups: rsa.Groups) -> Details:
+    """What is kept of the runs of a set: the longest one is shown, and all are where blocks of them are drawn again.
+
+    `groups` of parcels, in which TRs are compared unless runs are.
+    """
     lengths = [len(span) for span in study.spans[set_name]]
     blocks = (
         study.config.evaluate.bootstrap > 0 and not draws_runs(len(lengths)) and can_draw(lengths, study.manifest.tr)
     )
-    return Details(series=frozenset(range(len(lengths)) if blocks else [longest(lengths)]))
+    return Details(
+        series=frozenset(range(len(lengths)) if blocks else [longest(lengths)]),
+        groups=None if rsa.compares_runs(study, len(lengths)) else groups,
+    )
 
 
 def longest(lengths: Sequence[int]) -> int:
@@ -58,12 +66,13 @@ def keys_of(
     estimate: str,
     study: Study,
     set_name: str,
+    groups: rsa.Groups,
     ceiling: np.ndarray | None,
     resampled: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """All that a score file says beyond r; `ceiling` (S, V) and the resamplings of `resample` may be absent."""
     samples = [study.manifest.samples[span.sample] for span in study.spans[set_name]]
-    keys = {**part_keys(scores, estimate, samples), "full": True}
+    keys = {**part_keys(scores, estimate, samples), **similarity_keys(scores, estimate, groups), "full": True}
     if estimate in resampled:
         keys |= interval_keys(scores, estimate, resampled[estimate], study.manifest.subjects)
     if ceiling is not None:
@@ -107,6 +116,18 @@ def ceiling_keys(scores: SetScores, estimate: str, ceiling: np.ndarray) -> dict[
         "r_over_ceiling": finite(found.ratio),
         "n_below_ceiling": found.n_below,
     }
+
+
+def similarity_keys(scores: SetScores, estimate: str, groups: rsa.Groups) -> dict[str, Any]:
+    """Representational similarity of each group of parcels."""
+    sums = [run.pairs[estimate] for run in scores.runs]
+    if estimate in scores.runs[0].similarity:
+        similarity = rsa.over_runs([run.similarity[estimate] for run in scores.runs], [run.n > 0 for run in sums])
+        by = "TRs within runs"
+    else:
+        similarity, by = rsa.of_runs(sums, groups), "runs"
+    found = rsa.summary(similarity, scores.correlations[estimate].present, groups)
+    return {"rsa": {name: finite(rho) for name, rho in found.items()}, "rsa_by": by}
 
 
 def shown_parcels(r: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 LEVELS = (0.5, 0.8, 0.95)
-VARIOGRAM_P = 0.5
 VARIOGRAM_PARCELS = 100
 VARIOGRAM_TRS = 100
 """The variogram score looks at all pairs of parcels in all TRs: of so many at most, spread evenly."""
@@ -49,10 +48,11 @@ def variogram_score(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
     count, n_trs, parcels = samples.shape
     total = np.zeros(n_trs)
     for i in range(parcels - 1):
-        seen = np.abs(bold[:, i, None] - bold[:, i + 1 :]) ** VARIOGRAM_P
-        drawn = np.abs(samples[:, :, i, None] - samples[:, :, i + 1 :]) ** VARIOGRAM_P
-        fair = (seen - drawn.mean(axis=0)) ** 2 - drawn.var(axis=0, ddof=1) / count
-        total += fair.sum(axis=1)
+        seen = np.sqrt(np.abs(bold[:, i, None] - bold[:, i + 1 :]))
+        apart = np.abs(samples[:, :, i, None] - samples[:, :, i + 1 :])
+        drawn = np.sqrt(apart).mean(axis=0)
+        variance = apart.mean(axis=0) - drawn**2  # the square of what order 0.5 takes the root of is there already
+        total += ((seen - drawn) ** 2 - variance / (count - 1)).sum(axis=1)
     pairs = parcels * (parcels - 1) // 2
     return total / pairs if pairs else np.full(n_trs, np.nan)
 

@@ -25,6 +25,7 @@ from trainer.scoring.ceilings import write_ceilings
 from trainer.scoring.distribution import Baselines, Judgement, Shown, fit_baselines, judge_distribution
 from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
 from trainer.scoring.records import lines, stem, write_array, write_arrays, write_scores
+from trainer.scoring.rsa import Groups, groups_of
 from trainer.scoring.sets import ESTIMATES, SetScores, score_set
 from trainer.scoring.shares import Ranks
 
@@ -60,8 +61,9 @@ def score_checkpoint(
         full: all there is to say, as the workers do; False: r alone, as a training does.
 
     Raises:
-        InputError: the checkpoint is missing, damaged, or does not fit the shards.
+        InputError: the checkpoint is missing, damaged, or does not fit the shards; evaluate.labels does not.
     """
+    groups = groups_of(study) if full else {}
     predictor = load_predictor(directory, stage, step, study, processes.device, ESTIMATES[:stage])
     epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
     baselines = None
@@ -71,8 +73,8 @@ def score_checkpoint(
         facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": False}
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
-            scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name))
-            findings = _find(predictor, scores, ceiling, baselines, study, set_name, processes)
+            scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name, groups))
+            findings = _find(predictor, scores, groups, ceiling, baselines, study, set_name, processes)
         else:
             scores, findings = score_set(predictor, study, set_name, processes), Findings()
         processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, findings, say))
@@ -81,6 +83,7 @@ def score_checkpoint(
 def _find(
     predictor: Predictor,
     scores: SetScores,
+    groups: Groups,
     ceiling: np.ndarray | None,
     baselines: Baselines | None,
     study: Study,
@@ -90,7 +93,7 @@ def _find(
     """All there is to say of a set beyond r, on every rank."""
     found = Findings(bootstrap=beyond.resample(scores, study, set_name, processes))
     for estimate in scores.estimates:
-        found.keys[estimate] = beyond.keys_of(scores, estimate, study, set_name, ceiling, found.bootstrap)
+        found.keys[estimate] = beyond.keys_of(scores, estimate, study, set_name, groups, ceiling, found.bootstrap)
     lengths = [len(span) for span in study.spans[set_name]]
     shown = Shown(beyond.longest(lengths), beyond.shown_parcels(scores.correlations["mean"].r))
     if isinstance(predictor, FlowPredictor) and study.config.evaluate.samples:

@@ -8,13 +8,16 @@ series of a set of fewer than ten runs, whose blocks are resampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from trainer.data.batches import Batch, whole_runs
 from trainer.data.study import Study
 from trainer.scoring.intervals import RunSeries
 from trainer.scoring.metrics import Correlation, PearsonR, merged
 from trainer.scoring.predictor import FlowPredictor, Pairs, Predictor
+from trainer.scoring.rsa import Groups, similarities, trs_of_a_run
 from trainer.scoring.shares import Ranks, in_order, shown
 
 ESTIMATES = ("mean", "sample")
@@ -25,12 +28,14 @@ class Details:
     """What a full scoring keeps of each run beside its sums.
 
     series: numbers of the runs whose predictions and BOLD are kept.
+    groups: parcels whose TRs are compared within runs; None where they are not.
     """
 
-    series: frozenset[int]
+    series: frozenset[int] = frozenset()
+    groups: Groups | None = None
 
 
-NO_DETAILS = Details(frozenset())
+NO_DETAILS = Details()
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,14 @@ class RunScores:
     pairs: what was seen of every pair that the predictor gives.
     loss, count: stage 2's loss, summed over `count` valid (subject, TR) pairs; 0, 0 where there is none.
     series: estimate -> prediction and BOLD, where they are kept.
+    similarity: estimate -> (S, groups) representational similarity within the run, where TRs are compared.
     """
 
     pairs: dict[str, PearsonR]
     loss: float = 0.0
     count: int = 0
     series: dict[str, RunSeries] = field(default_factory=dict)
+    similarity: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,13 @@ def score_set(
             context=study.config.data.context_trs, rank=processes.rank, world=processes.world,
         )  # fmt: skip
         runs = shown(processes, batches, f"scoring {set_name}", len(spans))
-        return [_score_run(predictor, batch.to(processes.device), details) for batch in runs]
+        return [_score_run(predictor, batch.to(processes.device), details, len(spans)) for batch in runs]
 
     return _merge(in_order(processes, score_share))
 
 
-def _score_run(predictor: Predictor, batch: Batch, details: Details) -> RunScores:
-    """The sums of one run, and its details."""
+def _score_run(predictor: Predictor, batch: Batch, details: Details, n_runs: int) -> RunScores:
+    """The sums of one run of so many, and its details."""
     scored = batch.cut(batch.scored())
     valid = scored.mask[:, None, :] & scored.subject_mask[:, :, None]
     predicted = predictor.predict(batch)
@@ -98,8 +105,12 @@ def _score_run(predictor: Predictor, batch: Batch, details: Details) -> RunScore
     loss, count = 0.0, 0
     if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
         loss, count = predictor.loss(batch)
-    kept = int(batch.windows[0]) in details.series
-    return RunScores(pairs, loss, count, _series(predicted, scored) if kept else {})
+    found = RunScores(pairs, loss, count)
+    if details is NO_DETAILS:
+        return found
+    series = _series(predicted, scored)
+    kept = series if int(batch.windows[0]) in details.series else {}
+    return replace(found, series=kept, similarity=_similarity(series, details.groups, n_runs))
 
 
 def _series(predicted: Pairs, scored: Batch) -> dict[str, RunSeries]:
@@ -107,6 +118,17 @@ def _series(predicted: Pairs, scored: Batch) -> dict[str, RunSeries]:
     bold, present = scored.bold[0].cpu().numpy(), scored.subject_mask[0].cpu().numpy()
     estimates = (name for name in ESTIMATES if name in predicted)
     return {name: RunSeries(predicted[name][0][0].float().cpu().numpy(), bold, present) for name in estimates}
+
+
+def _similarity(series: dict[str, RunSeries], groups: Groups | None, n_runs: int) -> dict[str, np.ndarray]:
+    """Estimate -> (S, groups), from some TRs of the run."""
+    if groups is None:
+        return {}
+    found = {}
+    for estimate, run in series.items():
+        trs = trs_of_a_run(run.bold.shape[1], n_runs)
+        found[estimate] = similarities(run.prediction[:, trs], run.bold[:, trs], run.present, groups)
+    return found
 
 
 def _merge(runs: Sequence[RunScores]) -> SetScores:
