@@ -258,6 +258,13 @@ class EvaluateConfig(StrictModel):
         None, description="volumes of parcel ids (.nii.gz) for brain maps, with {subject} where the label stands"
     )
 
+    @field_validator("samples")
+    @classmethod
+    def _two_or_none(cls, samples: int) -> int:
+        if samples == 1:
+            raise ValueError("found 1, expected 0 (off) or at least 2 samples, whose differences are judged")
+        return samples
+
 
 class Config(StrictModel):
     """A run: data, both stages, and what is written down about them."""

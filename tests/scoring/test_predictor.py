@@ -15,7 +15,7 @@ from trainer.data.study import Study
 from trainer.models.flow import SITE_NOISE, SITE_START, SITE_TIME, START_FRACTION, FlowMatching
 from trainer.models.randomness import fold_in, make_keys, normal, uniform
 from trainer.scoring.predictor import LOSS_DRAWS, SCORING_EPOCH, FlowPredictor
-from trainer.scoring.score import score_set
+from trainer.scoring.sets import score_set
 
 
 def make_predictor(study: Study) -> FlowPredictor:

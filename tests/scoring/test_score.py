@@ -22,7 +22,9 @@ from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
 from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, shapes_of
-from trainer.scoring.score import SetScores, score_checkpoint, score_set, write_scores
+from trainer.scoring.records import write_scores
+from trainer.scoring.score import score_checkpoint
+from trainer.scoring.sets import SetScores, score_set
 from trainer.scoring.shares import OneProcess
 
 ALONE = OneProcess(torch.device("cpu"))
@@ -245,11 +247,11 @@ def test_the_main_process_writes_and_says_what_all_ranks_score(study: Study, tmp
     make_checkpoint(one, study, stage=2)
     shutil.copytree(one.path, three.path)
     heard: list[str] = []
-    score_checkpoint(one, 2, 6, study, ["val", "test"], ALONE, heard.append)
+    score_checkpoint(one, 2, 6, study, ["val", "test"], ALONE, heard.append, full=False)
 
     def work(rank: ThreadRank) -> list[str]:
         said: list[str] = []
-        score_checkpoint(three, 2, 6, study, ["val", "test"], rank, said.append)
+        score_checkpoint(three, 2, 6, study, ["val", "test"], rank, said.append, full=False)
         assert len(list(three.scores.glob("*-test-*.json"))) == 2, "written before any rank goes on"
         return said
 
@@ -270,9 +272,9 @@ def test_a_step_that_validated_the_training_does_so_still_after_it_is_scored_aga
 ) -> None:
     directory = StageDirectory(tmp_path)
     make_checkpoint(directory, study, stage=1)
-    score_checkpoint(directory, 1, 6, study, ["val"], ALONE, lambda _: None)
+    score_checkpoint(directory, 1, 6, study, ["val"], ALONE, lambda _: None, full=False)
     assert checkpoint.best_step(directory.read_scores(), "val") is None
     scores = score_set(Told(), study, "val", ALONE)
     write_scores(directory, scores, study.manifest.subjects, {**FACTS, "step": 6})
-    score_checkpoint(directory, 1, 6, study, ["val"], ALONE, lambda _: None)
+    score_checkpoint(directory, 1, 6, study, ["val"], ALONE, lambda _: None, full=False)
     assert checkpoint.best_step(directory.read_scores(), "val") == 6

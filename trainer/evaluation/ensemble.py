@@ -28,7 +28,7 @@ from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import estimated, load_predictor
-from trainer.scoring.score import printed, summary
+from trainer.scoring.records import printed, summary
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ BOLD of 65 hours does not fit next to a model, so r is built from running means 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +34,14 @@ class Correlation:
         return self.r.mean(axis=1)
 
     @property
+    def present(self) -> np.ndarray:
+        """(S,) whether a subject has TRs."""
+        return self.n_trs > 0
+
+    @property
     def overall(self) -> float:
         """Mean over parcels, then over the subjects that have TRs; NaN where none has."""
-        present = self.n_trs > 0
-        return float(self.per_subject[present].mean()) if present.any() else float("nan")
+        return float(self.per_subject[self.present].mean()) if self.present.any() else float("nan")
 
 
 class PearsonR:
@@ -84,7 +89,7 @@ class PearsonR:
 
     def compute(self) -> Correlation:
         """r over everything seen so far."""
-        constant = _is_constant(self.xx, self.mean_x, self.n) | _is_constant(self.yy, self.mean_y, self.n)
+        constant = is_constant(self.xx, self.mean_x, self.n) | is_constant(self.yy, self.mean_y, self.n)
         constant &= np.isfinite(self.xy)  # what is not a number shows, even where it is set against zeros
         with np.errstate(divide="ignore", invalid="ignore"):
             r = self.xy / np.sqrt(self.xx * self.yy)
@@ -94,6 +99,14 @@ class PearsonR:
         return Correlation(r=r, n_trs=self.n.copy(), n_constant=int(constant[present].sum()))
 
 
+def merged(parts: Sequence[PearsonR]) -> PearsonR:
+    """All that some accumulators (at least one) have seen, taken in one after the other."""
+    whole = PearsonR(*parts[0].mean_x.shape)
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
 def _moments(x: np.ndarray, y: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Count, means and centred second moments of x and y (n, V)."""
     mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
@@ -101,7 +114,10 @@ def _moments(x: np.ndarray, y: np.ndarray) -> tuple[int, np.ndarray, np.ndarray,
     return len(x), mean_x, mean_y, (x * x).sum(axis=0), (y * y).sum(axis=0), (x * y).sum(axis=0)
 
 
-def _is_constant(second_moment: np.ndarray, mean: np.ndarray, n: np.ndarray) -> np.ndarray:
-    """Whether a series varies by no more than the rounding of float32 values around its mean."""
+def is_constant(second_moment: np.ndarray, mean: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Whether a series varies by no more than the rounding of float32 values around its mean.
+
+    Shapes: second_moment (sum of squares around the mean), mean (N, V), count n (N,) -> (N, V).
+    """
     rounding = (np.finfo(np.float32).eps * np.abs(mean)) ** 2 * np.maximum(n, 1)[:, None] / 4
     return second_moment <= rounding

@@ -8,6 +8,7 @@ beside them in the same file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,11 @@ class AnchorPredictor:
     def predict(self, batch: Batch) -> Pairs:
         """`mean`."""
         self.anchor.eval()
-        mu, batch = _anchored(self.anchor, batch)
+        mu, batch = anchored(self.anchor, batch)
         return {"mean": (mu, batch.bold)}
 
 
-def _anchored(anchor: Anchor, batch: Batch) -> tuple[Tensor, Batch]:
+def anchored(anchor: Anchor, batch: Batch) -> tuple[Tensor, Batch]:
     """What the anchor predicts with the context in sight, and the batch, both cut to the TRs that are scored."""
     scored = batch.scored()
     return anchor(batch.features, batch.mask)[:, :, scored], batch.cut(scored)
@@ -97,6 +98,22 @@ class FlowPredictor:
             yield items.put(self.flow.sample(*arguments, temperature=self.options.temperature), batch.bold)
 
     @torch.no_grad()
+    def draws(self, batch: Batch, count: int) -> Iterator[Draws]:
+        """Samples of one subject of a run after the other; the first one is the estimate `sample`."""
+        items, around, batch = self._around(batch)
+        bold = items.take(batch.bold)
+        for i, subject in enumerate(items.subject.tolist()):
+            same = torch.full((count,), i, device=around.device)
+            samples = self.flow.sample(
+                around[same],
+                items.mask[same],
+                items.subject[same],
+                sample_keys(items.keys[i : i + 1], count),
+                temperature=self.options.temperature,
+            )
+            yield Draws(subject, *map(_as_float64, (bold[i], around[i], samples)))
+
+    @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
         """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
         items, around, batch = self._around(batch)
@@ -111,9 +128,28 @@ class FlowPredictor:
         """The items of the scored TRs, what the anchor predicts for them, (N, T, V), and the batch of these TRs."""
         self.anchor.eval()
         self.flow.eval()
-        mu, batch = _anchored(self.anchor, batch)
+        mu, batch = anchored(self.anchor, batch)
         items = Items(batch, self.seed, SCORING_EPOCH)
         return items, items.take(mu), batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """BOLD and anchor (T, V) of one subject in one run, and samples around the anchor (K, T, V): float64."""
+
+    subject: int
+    bold: np.ndarray
+    anchor: np.ndarray
+    samples: np.ndarray
+
+
+def sample_keys(keys: Tensor, count: int) -> Tensor:
+    """Keys of several samples of one item: (1,) -> (K,). The first is the item's own."""
+    return torch.cat([keys, *(fold_in(keys, FIRST_SAMPLE + number) for number in range(1, count))])
+
+
+def _as_float64(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
 
 
 class Items:

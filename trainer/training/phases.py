@@ -28,7 +28,8 @@ from trainer.run.processes import Processes
 from trainer.run.signals import StopRequest
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Items, Predictor, load_anchor, shapes_of
-from trainer.scoring.score import SetScores, lines, printed, score_set, write_scores
+from trainer.scoring.records import lines, printed, write_scores
+from trainer.scoring.sets import SetScores, score_set
 from trainer.training import crossfit
 from trainer.training.loop import Phase, Training, Watch
 

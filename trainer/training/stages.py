@@ -174,4 +174,4 @@ def _fit_and_choose(job: Job, phase: Phase, watch: Watch) -> int:
 def _score_chosen(job: Job, directory: StageDirectory, stage: int, step: int, *, refit: bool) -> None:
     """Score one checkpoint on every set that it was not trained on."""
     sets = job.study.scored_sets(refit=refit)
-    score_checkpoint(directory, stage, step, job.study, sets, job.processes, job.say)
+    score_checkpoint(directory, stage, step, job.study, sets, job.processes, job.say, full=False)

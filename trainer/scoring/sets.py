@@ -1,0 +1,138 @@
+"""From a predictor and a set of runs to what each run adds to the scores of the set.
+
+Runs are scored whole and one at a time, on the rank that is dealt them, so memory does not grow with the set but for
+the sums that each run leaves (5 x (S, V) float64 for each pair of prediction and BOLD) and, in a full scoring, the
+series of a set of fewer than ten runs, whose blocks are resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from trainer.data.batches import Batch, whole_runs
+from trainer.data.study import Study
+from trainer.scoring.intervals import RunSeries
+from trainer.scoring.metrics import Correlation, PearsonR, merged
+from trainer.scoring.predictor import FlowPredictor, Pairs, Predictor
+from trainer.scoring.rsa import Groups, similarities, trs_of_a_run
+from trainer.scoring.shares import Ranks, in_order, shown
+
+ESTIMATES = ("mean", "sample")
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a full scoring keeps of each run beside its sums.
+
+    series: numbers of the runs whose predictions and BOLD are kept.
+    groups: parcels whose TRs are compared within runs; None where they are not.
+    """
+
+    series: frozenset[int] = frozenset()
+    groups: Groups | None = None
+
+
+NO_DETAILS = Details()
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """What one run adds to the scores of its set.
+
+    pairs: what was seen of every pair that the predictor gives.
+    loss, count: stage 2's loss, summed over `count` valid (subject, TR) pairs; 0, 0 where there is none.
+    series: estimate -> prediction and BOLD, where they are kept.
+    similarity: estimate -> (S, groups) representational similarity within the run, where TRs are compared.
+    """
+
+    pairs: dict[str, PearsonR]
+    loss: float = 0.0
+    count: int = 0
+    series: dict[str, RunSeries] = field(default_factory=dict)
+    similarity: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """What one predictor reached on one set: r of every pair it gives, stage 2's loss, and the runs one by one."""
+
+    correlations: dict[str, Correlation]
+    flow_loss: float | None
+    runs: Sequence[RunScores] = ()
+
+    @property
+    def estimates(self) -> list[str]:
+        """Those of the pairs that become score files."""
+        return [name for name in ESTIMATES if name in self.correlations]
+
+
+def score_set(
+    predictor: Predictor, study: Study, set_name: str, processes: Ranks, details: Details = NO_DETAILS
+) -> SetScores:
+    """Score a predictor over all TRs of a set, on all ranks; every rank gets the scores.
+
+    The ranks share the runs. Each run has sums of its own, in one process too, and they are merged in the order of the
+    runs: the scores are the same to the bit for any number of ranks.
+
+    Raises:
+        InputError: on every rank, where one cannot read a shard.
+    """
+    spans = study.spans[set_name]
+
+    def score_share() -> list[RunScores]:
+        batches = whole_runs(
+            study.shards, spans, study.streams, study.scaling,
+            context=study.config.data.context_trs, rank=processes.rank, world=processes.world,
+        )  # fmt: skip
+        runs = shown(processes, batches, f"scoring {set_name}", len(spans))
+        return [_score_run(predictor, batch.to(processes.device), details, len(spans)) for batch in runs]
+
+    return _merge(in_order(processes, score_share))
+
+
+def _score_run(predictor: Predictor, batch: Batch, details: Details, n_runs: int) -> RunScores:
+    """The sums of one run of so many, and its details."""
+    scored = batch.cut(batch.scored())
+    valid = scored.mask[:, None, :] & scored.subject_mask[:, :, None]
+    predicted = predictor.predict(batch)
+    pairs = {}
+    for name, (prediction, target) in predicted.items():
+        pairs[name] = PearsonR(*target.shape[1::2])
+        pairs[name].update(prediction, target, valid)
+    loss, count = 0.0, 0
+    if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
+        loss, count = predictor.loss(batch)
+    found = RunScores(pairs, loss, count)
+    if details is NO_DETAILS:
+        return found
+    series = _series(predicted, scored)
+    kept = series if int(batch.windows[0]) in details.series else {}
+    return replace(found, series=kept, similarity=_similarity(series, details.groups, n_runs))
+
+
+def _series(predicted: Pairs, scored: Batch) -> dict[str, RunSeries]:
+    """The estimates and the BOLD of a batch of one run."""
+    bold, present = scored.bold[0].cpu().numpy(), scored.subject_mask[0].cpu().numpy()
+    estimates = (name for name in ESTIMATES if name in predicted)
+    return {name: RunSeries(predicted[name][0][0].float().cpu().numpy(), bold, present) for name in estimates}
+
+
+def _similarity(series: dict[str, RunSeries], groups: Groups | None, n_runs: int) -> dict[str, np.ndarray]:
+    """Estimate -> (S, groups), from some TRs of the run."""
+    if groups is None:
+        return {}
+    found = {}
+    for estimate, run in series.items():
+        trs = trs_of_a_run(run.bold.shape[1], n_runs)
+        found[estimate] = similarities(run.prediction[:, trs], run.bold[:, trs], run.present, groups)
+    return found
+
+
+def _merge(runs: Sequence[RunScores]) -> SetScores:
+    """The scores of the runs of a set."""
+    correlations = {name: merged([run.pairs[name] for run in runs]).compute() for name in runs[0].pairs}
+    count = sum(run.count for run in runs)
+    return SetScores(correlations, sum(run.loss for run in runs) / count if count else None, runs)
