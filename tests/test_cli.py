@@ -75,15 +75,21 @@ def test_stage_2_stands_around_a_copy_of_the_best_anchor(debug_run: Path) -> Non
     assert {path.name for path in (debug_run / "stage2" / "anchor").glob("fold_*")} == {"fold_1", "fold_2"}
 
 
-def test_evaluate_gives_the_scores_of_the_training(debug_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {path: path.read_text() for path in debug_run.rglob("scores/*-test-mean.json")}
+def test_evaluate_gives_the_scores_of_the_training(
+    debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(debug_run, run)
+    before = {path: json.loads(path.read_text()) for path in run.rglob("scores/*-test-mean.json")}
     assert len(before) == 2
-    assert main(["evaluate", str(debug_run), "--set", "test"]) == 0
+    assert main(["evaluate", str(run), "--set", "test"]) == 0
     printed = capsys.readouterr().out
     assert "Stage 1 Overall Pearson's r: " in printed
     assert "Stage 1 - Sub 5 Mean Pearson's r: " in printed
     assert "Stage 2 Epoch " in printed
-    assert {path: path.read_text() for path in before} == before
+    for path, score in before.items():
+        after = json.loads(path.read_text())
+        assert {key: after[key] for key in score} == score and after["full"]
 
 
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(

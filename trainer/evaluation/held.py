@@ -89,13 +89,13 @@ class Settling:
         self._seen: dict[Path, tuple[object, float]] = {}
 
     def is_damaged(self, folder: Path, content: object) -> bool:
-        """Note what a checkpoint held when it was found not whole; whether that has been the same for `SETTLE_S`."""
-        now = time.monotonic()
-        before, since = self._seen.get(folder, (None, now))
-        if content == before:
-            return now - since >= SETTLE_S
-        self._seen[folder] = (content, now)
-        return False
+        """Note what a checkpoint held when it was found not whole; whether it held the same when it was so before.
+
+        In between lies `SETTLE_S`, where who reads leaves out the `steps`.
+        """
+        before, _ = self._seen.get(folder, (None, 0.0))
+        self._seen[folder] = (content, time.monotonic())
+        return content == before
 
     def steps(self, checkpoints: Path) -> frozenset[int]:
         """Steps that need not be read again yet, as nothing has changed in them and `SETTLE_S` has not passed."""
