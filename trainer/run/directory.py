@@ -107,11 +107,11 @@ class StageDirectory:
         return [lines[key] for key in sorted(lines)]
 
     def scores_with_paths(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All score files of the stage, in the order of their names; other files about checkpoints are passed over."""
+        """All score files of the stage, in the order of their names; what else lies beside them is passed over."""
         for path in sorted(self.scores.glob("*.json")):
-            content = read_json(path)
-            if "estimate" in content:
-                yield path, content
+            score = read_json(path)
+            if "estimate" in score:
+                yield path, score
 
     def read_scores(self) -> Iterator[dict[str, Any]]:
         """What all score files of the stage hold."""
