@@ -130,11 +130,9 @@ def test_baselines_stand_around_the_anchor(few: Study, predictor: FlowPredictor)
     nothing = replace(given.models[0], scale=np.zeros(20))  # type: ignore[type-var]
     shown = Shown(0, np.zeros((4, 2), int))
     found = judge_distribution(predictor, few, "val", replace(given, models=[nothing] * 4), shown, ALONE)
-    errors = [
-        [np.abs(d.bold - d.anchor).mean(axis=0) for run in all_draws(predictor, few) for d in run if d.subject == 0]
-    ]
-    lengths = [len(span) for span in few.spans["val"]]
-    wanted = np.average(errors[0], axis=0, weights=lengths)
+    first = [run[0] for run in all_draws(predictor, few)]
+    away = [np.abs(draws.bold - draws.anchor).mean(axis=0) for draws in first]
+    wanted = np.average(away, axis=0, weights=[len(draws.bold) for draws in first])
     np.testing.assert_allclose(found.arrays["crps_independent"][0], wanted)
     np.testing.assert_allclose(found.arrays["crps_full_covariance"][0], wanted)
     assert found.record["baselines_fitted_on"] == "somewhere"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,32 @@ def test_a_score_file_holds_its_intervals_and_the_resamplings_lie_beside_it(few:
     assert any("95 % interval of r" in text for text in said)
 
 
-def test_a_subject_without_runs_has_no_interval(few: Study, tmp_path: Path) -> None:
+def test_one_run_that_lacks_a_subject(few: Study, tmp_path: Path) -> None:
     directory = StageDirectory(tmp_path / "stage1")
     make_checkpoint(directory, few, stage=1)
-    few.spans["val"] = few.spans["val"][1:2]
+    few.spans["val"] = [replace(few.spans["val"][2], subjects=(True, True, False, True))]
     score_fully(directory, 1, few, "val")
     score = json.loads((directory.scores / "step_00000006-val-mean.json").read_text())
     present = [few.manifest.subjects[s] for s in (0, 1, 3)]
     assert list(score["per_run"].values()) == [pytest.approx(score["pearson_r"])]
-    # the run of 40 TRs is no longer than a block: every resampling would be the run itself
-    assert "ci" not in score
+    assert list(score["per_subject"]) == list(score["ci_per_subject"]) == present
+    resampled = np.load(directory.scores / "step_00000006-val-mean-bootstrap.npy")
+    assert np.isnan(resampled).all(axis=0).tolist() == [False, False, True, False]
+    assert score["ci"] == pytest.approx(np.quantile(resampled[:, [0, 1, 3]].mean(axis=1), [0.025, 0.975]))
+    with np.load(directory.scores / "step_00000006-val-series.npz") as series:
+        assert series["parcels"][2].tolist() == [-1, -1]
+        assert np.isnan(series["bold"]).all(axis=(1, 2)).tolist() == [False, False, True, False]
+
+
+def test_a_run_no_longer_than_a_block_has_no_interval(few: Study, tmp_path: Path) -> None:
+    """Every resampling would be the run itself."""
+    directory = StageDirectory(tmp_path / "stage1")
+    make_checkpoint(directory, few, stage=1)
+    few.spans["val"] = few.spans["val"][1:2]
+    assert len(few.spans["val"][0]) == 40
+    score_fully(directory, 1, few, "val")
+    assert "ci" not in json.loads((directory.scores / "step_00000006-val-mean.json").read_text())
     assert not list(directory.scores.glob("*-bootstrap.npy"))
-    assert list(score["per_subject"]) == present
 
 
 def test_no_resamplings_are_no_interval(tiny_shards: Path, debug_config: Path, tmp_path: Path) -> None:
@@ -103,7 +118,7 @@ def test_no_resamplings_are_no_interval(tiny_shards: Path, debug_config: Path, t
     assert "ci" not in json.loads((directory.scores / "step_00000006-val-mean.json").read_text())
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_writes_the_same_bits(few: Study, tmp_path: Path, stage: int) -> None:
     few.spans["val"] = few.spans["val"][:3]
     alone = StageDirectory(tmp_path / "1" / f"stage{stage}")
@@ -148,3 +163,44 @@ def test_training_and_worker_keep_what_the_other_has_written(few: Study, tmp_pat
 
     score_checkpoint(directory, 1, 6, few, ["val"], ALONE, lambda _: None, full=False)
     assert json.loads(path.read_text()) == {**in_full, "validation": True}
+
+
+def spoil(directory: StageDirectory) -> None:
+    """The checkpoint's anchor says what is not a number, of one parcel."""
+    folder = directory.anchor if directory.path.name == "stage2" else directory.checkpoints / "step_00000006"
+    found = checkpoint.load(folder, weights_only=True)
+    biases = [name for name, value in found.model.items() if name.endswith("bias") and value.shape == (20,)]
+    for name in biases:
+        found.model[name][7] = float("nan")
+    assert biases
+    again = directory.path / "spoilt"
+    facts = {key: found.meta[key] for key in ("shapes", "steps_per_epoch")}
+    checkpoint.save(again, 6, checkpoint.Checkpoint(found.model, {}, facts))
+    shutil.rmtree(folder)
+    shutil.move(checkpoint.folder_of(again, 6), folder)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_predictions_that_are_no_numbers_are_reported_in_every_file(few: Study, tmp_path: Path, stage: int) -> None:
+    few.spans["val"] = few.spans["val"][:2]
+    directory = StageDirectory(tmp_path / f"stage{stage}")
+    make_checkpoint(directory, few, stage=stage)
+    spoil(directory)
+    said = score_fully(directory, stage, few, "val", "test")
+    assert any("not a number" in text for text in said)
+    for name in ("val", "test"):
+        score = json.loads((directory.scores / f"step_00000006-{name}-mean.json").read_text())
+        assert score["pearson_r"] is None
+        assert set(score["per_run"].values()) == {None}
+        assert score["rsa"] == {"all": None}
+        assert "ci" not in score
+        assert np.isnan(np.load(directory.scores / f"step_00000006-{name}-mean.npy")[:, 7]).all()
+        with np.load(directory.scores / f"step_00000006-{name}-series.npz") as series:
+            assert (series["parcels"] >= (0 if stage == 1 else -1)).all()
+            assert not (series["parcels"] == 7).any()
+    assert json.loads((directory.scores / "step_00000006-test-mean.json").read_text())["r_over_ceiling"] is None
+    if stage == 2:
+        record = json.loads((directory.scores / "step_00000006-val-distribution.json").read_text())
+        assert record["flow"]["crps"] is None
+        assert record["independent"]["crps"] is None

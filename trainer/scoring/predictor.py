@@ -89,6 +89,17 @@ class FlowPredictor:
         return pairs
 
     @torch.no_grad()
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
+        items, around, batch = self._around(batch)
+        bold = items.take(batch.bold)
+        losses = [
+            self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), count=1).item()
+            for draw in range(LOSS_DRAWS)
+        ]
+        return sum(losses) / LOSS_DRAWS, int(items.mask.sum())
+
+    @torch.no_grad()
     def samples(self, batch: Batch, count: int) -> Iterator[Tensor]:
         """`count` draws around the anchor, each (B, S, T, V), one at a time; the first is what `predict` gives."""
         items, around, batch = self._around(batch)
@@ -112,17 +123,6 @@ class FlowPredictor:
                 temperature=self.options.temperature,
             )
             yield Draws(subject, *map(_as_float64, (bold[i], around[i], samples)))
-
-    @torch.no_grad()
-    def loss(self, batch: Batch) -> tuple[float, int]:
-        """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
-        items, around, batch = self._around(batch)
-        bold = items.take(batch.bold)
-        losses = [
-            self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), count=1).item()
-            for draw in range(LOSS_DRAWS)
-        ]
-        return sum(losses) / LOSS_DRAWS, int(items.mask.sum())
 
     def _around(self, batch: Batch) -> tuple[Items, Tensor, Batch]:
         """The items of the scored TRs, what the anchor predicts for them, (N, T, V), and the batch of these TRs."""
