@@ -33,7 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_evaluate, _add_status, _add_predict, _add_export, _add_ensemble, _add_watch):
+    for add in (
+        _add_train,
+        _add_status,
+        _add_watch,
+        _add_evaluate,
+        _add_report,
+        _add_predict,
+        _add_export,
+        _add_ensemble,
+    ):
         add(commands)
     return parser
 
@@ -123,6 +132,14 @@ def _add_watch(commands: Commands) -> None:
     watch.set_defaults(run_command=_watch)
 
 
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser("report", help="write a page with all figures about one or several runs")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="DIR", help="run directories; the page goes into the first"
+    )
+    report.set_defaults(run_command=_report)
+
+
 def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     stages = [1, 2] if arguments.stage == "all" else [int(arguments.stage)]
@@ -196,3 +213,10 @@ def _watch(arguments: argparse.Namespace) -> int:
     from trainer.run.directory import RunDirectory
 
     return watch(RunDirectory(arguments.run), arguments.sets, until_finished=arguments.until_finished)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from trainer.evaluation.report import write_report
+
+    print(f"report: {write_report(arguments.runs)}")
+    return 0

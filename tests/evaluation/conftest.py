@@ -1,4 +1,4 @@
-"""Runs with many checkpoints, made of the few of a real one, and workers in a hurry."""
+"""Runs for workers and reports: with many checkpoints made of the few of a real one, and scored in full."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 
 from trainer.evaluation import held, lifetime
 from trainer.run import checkpoint, claims
@@ -53,3 +55,53 @@ def add_checkpoint(source: Path, checkpoints: Path, step: int) -> Path:
     (aside / "meta.json").write_text(json.dumps({**meta, "step": step}))
     aside.rename(final)
     return final
+
+
+N_PARCELS = 20
+
+
+def write_atlas(path: Path, n_parcels: int = N_PARCELS) -> None:
+    """A volume of the brain's size in MNI space in which parcels are slabs."""
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is missing (the extra [brain])")
+    ids = np.zeros((46, 55, 46), np.int16)
+    inside = ids[8:38, 8:48, 8:38]
+    inside[:] = 1 + (np.arange(inside.shape[1]) * n_parcels // inside.shape[1])[None, :, None]
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = (-90, -126, -72)
+    nibabel.save(nibabel.Nifti1Image(ids, affine), path)
+
+
+def copy_run(source: Path, target: Path, **evaluate: object) -> Path:
+    """A copy of a run without its checkpoints, with other keys in the `evaluate` section of its configuration."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.png", "checkpoints", "predictions"))
+    for path in target.glob("stage*/config.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["evaluate"] |= evaluate
+        path.write_text(yaml.safe_dump(config))
+    return target
+
+
+@pytest.fixture(scope="session")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A label file in which half of the parcels are visual."""
+    path = tmp_path_factory.mktemp("labels") / "labels.txt"
+    names = [
+        f"{i + 1} 7Networks_LH_{'Vis' if i < N_PARCELS // 2 else 'Default'}_{i + 1} 0 0 0 0" for i in range(N_PARCELS)
+    ]
+    path.write_text("\n".join(names))
+    return path
+
+
+@pytest.fixture(scope="session")
+def full_run(debug_run: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny finished run, scored in full; tests must not write into it."""
+    from trainer.cli import main
+
+    run = tmp_path_factory.mktemp("full") / "run"
+    shutil.copytree(debug_run, run, ignore=shutil.ignore_patterns("*.png"))
+    for path in run.glob("stage*/config.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["evaluate"] |= {"samples": 4, "bootstrap": 50, "labels": str(labels)}
+        path.write_text(yaml.safe_dump(config))
+    assert main(["evaluate", str(run)]) == 0
+    return run

@@ -1,119 +1,156 @@
-"""Figures of a run, drawn from its files: loss and r over steps, and r of every subject and parcel.
+"""Which figures a run has: those that training leaves beside the stages, and all that a report shows.
 
-They read the log and the score files only, so they can be drawn again at any time, on any machine.
+They read the files of the run only, so they can be drawn again at any time, on any machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
-from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.evaluation import maps, signals
+from trainer.evaluation.curves import Curves, draw_loss, draw_r, loss_drawing, r_drawing
+from trainer.evaluation.drawing import PAGE, Drawing, save_figure, style
+from trainer.evaluation.results import Distribution, RunResults, Scored, StageResults, read_results
+from trainer.run.directory import RunDirectory
+from trainer.scoring.ceilings import LEAST_CEILING
 
-STYLE: Any = {
-    "figure.dpi": 150,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-}
-COLOURS = {1: "#0072B2", 2: "#D55E00"}  # Okabe and Ito's blue and vermillion, told apart by colour-blind readers
+ESTIMATES = {"mean": "mean", "sample": "one sample"}
 
 
 def draw_figures(run: RunDirectory) -> list[Path]:
-    """Draw what the run's files allow; returns the paths of the figures."""
-    with plt.rc_context(STYLE):
-        curves = draw_curves(run)
-        maps = [draw_heat_map(run, number) for number in (1, 2)]
-    return [path for path in (curves, *maps) if path is not None]
+    """Draw curves.png and stageN_r.png, what the run's files allow of them; returns their paths."""
+    results = read_results(run.path)
+    with style():
+        figures = {"curves.png": _all_curves(results)}
+        figures |= {f"stage{number}_r.png": _all_maps(stage) for number, stage in results.stages.items()}
+    return [save_figure(figure, run.path / name) for name, figure in figures.items() if figure is not None]
 
 
-def draw_curves(run: RunDirectory) -> Path | None:
-    """Training loss and r on the validation set over steps, a row for each stage."""
-    logs = {number: run.stage(number).read_metrics() for number in (1, 2)}
-    logs = {number: log for number, log in logs.items() if log}
-    if not logs:
+def _all_curves(results: RunResults) -> Figure | None:
+    """Loss and r over steps, a row for each stage."""
+    rows = {n: stage.curves for n, stage in results.stages.items() if stage.curves.loss or stage.curves.r}
+    if not rows:
         return None
-    figure, axes = plt.subplots(len(logs), 2, figsize=(8, 2.6 * len(logs)), squeeze=False, layout="constrained")
-    for row, (number, log) in zip(axes, logs.items(), strict=True):
-        _curve(row[0], log, "train", "loss", COLOURS[number], label="training")
-        _curve(row[0], log, "val", "flow_loss", "black", marker="o", label="validation")
-        _curve(row[1], log, "val", "pearson_r", COLOURS[number], marker="o")
-        names = {line["set"] for line in log if line["kind"] == "val"}
-        loss = "Mean squared error" if number == 1 else "Flow matching loss"
-        if number == 2:
-            row[0].legend()
-        row[0].set(title=f"Stage {number}: training", xlabel="Step", ylabel=loss)
-        row[1].set(
-            title=f"Stage {number}: {', '.join(sorted(names)) or 'validation'}",
-            xlabel="Step",
-            ylabel="Pearson's r",
-        )
-        _widen(row[1], at_least=0.01)
-    return _save(figure, run.path / "curves.png")
+    figure = Figure(figsize=(PAGE, 2.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 2, squeeze=False)
+    for (left, right), (number, curves) in zip(axes, rows.items(), strict=True):
+        draw_loss(left, number, {"": curves})
+        draw_r(right, number, {"": curves})
+    return figure
 
 
-def draw_heat_map(run: RunDirectory, number: int) -> Path | None:
-    """r of every subject and parcel, a panel for each set that the chosen checkpoint was scored on."""
-    panels = chosen_scores(run.stage(number))
-    if not panels:
+def _all_maps(stage: StageResults) -> Figure | None:
+    """r of every subject and parcel, a panel for each set that the checkpoint was scored on, in one scale."""
+    panels = {s.set_name: s for s in stage.scored if s.estimate == "mean" and s.r is not None}
+    arrays = {name: scored.r for name, scored in sorted(panels.items()) if scored.r is not None}
+    if not arrays:
         return None
-    arrays = [np.load(score["path"].with_suffix(".npy")) for score in panels]
-    limit = max(0.05, float(np.nanpercentile(np.abs(np.concatenate(arrays)), 99)))
-    height = 0.9 + sum(0.55 + 0.22 * len(array) for array in arrays)
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, height), squeeze=False, layout="constrained")
-    for axis, score, array in zip(axes[:, 0], panels, arrays, strict=True):
-        image = axis.imshow(array, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        axis.set(
-            title=f"Stage {number}, {score['set']}, step {score['step']}: mean r = {score['pearson_r']:.4f}",
-            ylabel="Subject",
-            yticks=range(len(array)),
-            yticklabels=score["subjects"],
-        )
-        axis.grid(False)
-    axes[-1, 0].set_xlabel("Parcel")
-    figure.colorbar(image, ax=axes[:, 0].tolist(), label="Pearson's r", shrink=0.9)
-    return _save(figure, run.path / f"stage{number}_r.png")
+    limit = maps.map_limit(list(arrays.values()))
+    height = 0.5 + sum(0.45 + 0.2 * len(array) for array in arrays.values())
+    figure = Figure(figsize=(PAGE, height), layout="constrained")
+    axes = figure.subplots(len(arrays), 1, squeeze=False)[:, 0]
+    for axis, (name, array) in zip(axes, arrays.items(), strict=True):
+        image = maps.draw_map(axis, array, panels[name].subjects, limit)
+        axis.set_title(scored_title(panels[name]))
+    axes[-1].set_xlabel("Parcel")
+    ends = maps.extend(np.concatenate([array.ravel() for array in arrays.values()]), limit)
+    figure.colorbar(image, ax=list(axes), label="Pearson's r", extend=ends, pad=0.015)
+    return figure
 
 
-def chosen_scores(stage: StageDirectory) -> list[dict[str, Any]]:
-    """The score files (`mean`) of the checkpoint that the stage chose, on every set; its refit's where there is one."""
-    finished = stage.finished()
-    if finished is None:
+def model_name(scored: Scored) -> str:
+    """Which stage's estimate it is, as in tables and titles."""
+    estimate = "" if scored.stage == 1 else f", {ESTIMATES.get(scored.estimate, scored.estimate)}"
+    return f"Stage {scored.stage}{estimate}{' (refit)' if scored.refitted else ''}"
+
+
+def scored_title(scored: Scored) -> str:
+    """Model, set, step and r in one line."""
+    r = f"{scored.score['pearson_r']:.4f}".replace("-", "−")
+    return f"{model_name(scored)}, {scored.set_name}, step {scored.score['step']}: mean r = {r}"
+
+
+def over_ceiling(r: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
+    """r over the noise ceiling (S, V); NaN where the ceiling is below `LEAST_CEILING` or not known."""
+    return np.divide(r, ceiling, out=np.full(r.shape, np.nan), where=ceiling >= LEAST_CEILING)
+
+
+def curve_drawings(runs: Mapping[str, RunResults], prefix: str = "") -> list[Drawing]:
+    """Loss and r over steps of both stages; of several runs, by label, r on the first's validation set alone."""
+    drawings = []
+    validation = next(iter(runs.values())).validation
+    for number in (1, 2):
+        curves = {label: run.stages[number].curves for label, run in runs.items() if number in run.stages}
+        if len(runs) > 1:
+            curves = {label: _only(found, validation) for label, found in curves.items()}
+        drawings += [
+            loss_drawing(number, curves, f"{prefix}loss-stage{number}"),
+            r_drawing(number, curves, f"{prefix}r_over_steps-stage{number}"),
+        ]
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def _only(curves: Curves, set_name: str | None) -> Curves:
+    r = {name: points for name, points in curves.r.items() if name == set_name}
+    return Curves(curves.loss, curves.validation_loss, r, curves.chosen)
+
+
+def map_drawings(scored: Scored, ceiling: np.ndarray | None, prefix: str = "") -> list[Drawing]:
+    """Subject x parcel maps of r, and of r over the ceiling where one fits."""
+    if scored.r is None:
         return []
-    chosen = {}
-    for directory in (stage, stage.refit):
-        for path, score in directory.scores_with_paths():
-            if score["step"] == finished["step"] and score["estimate"] == "mean" and score["pearson_r"] is not None:
-                chosen[score["set"]] = {**score, "path": path}
-    return [chosen[name] for name in sorted(chosen)]
+    where = f"stage{scored.stage}-{scored.set_name}"
+    if scored.estimate != "mean":
+        where += f"-{scored.estimate}"
+    drawings = [maps.heat_map(f"{prefix}r-{where}", scored_title(scored), scored.r, scored.subjects, "Pearson's r")]
+    if ceiling is not None and ceiling.shape == scored.r.shape:
+        ratio = over_ceiling(scored.r, ceiling)
+        title = f"{model_name(scored)}, {scored.set_name}, step {scored.score['step']}: r over the noise ceiling"
+        name = f"{prefix}r_over_ceiling-{where}"
+        drawings.append(maps.heat_map(name, title, ratio, scored.subjects, "r / ceiling"))
+    return drawings
 
 
-def _curve(axis: Any, log: list[dict[str, Any]], kind: str, key: str, colour: str, **style: Any) -> None:
-    points = [(line["step"], line[key]) for line in log if line["kind"] == kind and line.get(key) is not None]
-    if points:
-        axis.plot(*zip(*points, strict=True), color=colour, markersize=3, linewidth=1.2, **style)
+def network_drawing(runs: Mapping[str, Scored], labels: Sequence[str], prefix: str = "") -> Drawing | None:
+    """r by network of several models on one set, by label; None where no array fits the labels."""
+    arrays = {label: s.r for label, s in runs.items() if s.r is not None and s.r.shape[1] == len(labels)}
+    if not arrays:
+        return None
+    set_name = next(iter(runs.values())).set_name
+    subjects = {label: runs[label].subjects for label in arrays}
+    return maps.networks(f"{prefix}networks-{set_name}", f"r by network, {set_name}", arrays, subjects, labels)
 
 
-def _widen(axis: Any, at_least: float) -> None:
-    """Keep the axis from showing differences that mean nothing as large ones."""
-    low, high = axis.get_ylim()
-    missing = max(0.0, at_least - (high - low)) / 2
-    axis.set_ylim(low - missing, high + missing)
-    axis.ticklabel_format(axis="y", useOffset=False)
+def series_drawing(stage: StageResults, set_name: str, prefix: str = "") -> Drawing | None:
+    """The predicted and the real series of a set; None where they are not there."""
+    arrays, scored = stage.series.get(set_name), stage.find(set_name)
+    if arrays is None or scored is None or scored.r is None:
+        return None
+    name = f"{prefix}series-stage{stage.number}-{set_name}"
+    return signals.series(name, f"Stage {stage.number}, {set_name}", arrays, scored.subjects, scored.r)
 
 
-def _save(figure: Any, path: Path) -> Path:
-    aside = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(aside)
-    plt.close(figure)
-    aside.replace(path)
-    return path
+def distribution_drawings(found: Distribution, set_name: str, prefix: str = "") -> list[Drawing]:
+    """Calibration, spectrum and functional connectivity of stage 2's samples beside the baselines."""
+    drawings = []
+    reached = {
+        key: {percent / 100: facts[f"coverage_{percent}"] for percent in (50, 80, 95) if f"coverage_{percent}" in facts}
+        for key, facts in found.facts.items()
+        if key in signals.JUDGED
+    }
+    reached = {key: reached[key] for key in signals.JUDGED if reached.get(key)}
+    if reached:
+        drawings.append(signals.calibration(f"{prefix}calibration-{set_name}", set_name, reached))
+    arrays = found.arrays
+    spectra = {key: arrays[f"spectrum_{key}"] for key in maps.MODELS if f"spectrum_{key}" in arrays}
+    if spectra and "frequency_hz" in arrays:
+        frequency = arrays["frequency_hz"]
+        drawings.append(signals.spectrum(f"{prefix}spectrum-{set_name}", set_name, frequency, spectra))
+    matrices = {key: arrays[f"fc_{key}"] for key in maps.MODELS if f"fc_{key}" in arrays}
+    if matrices:
+        drawings.append(maps.connectivity(f"{prefix}connectivity-{set_name}", set_name, matrices))
+    return drawings
