@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job end to end on synthetic data whose ceiling is known: HDF5 -> shards -> stage 1 -> stage 2 -> scores ->
-# figures. Some minutes on two cores. Everything lands in data/demo and output/demo, and is made anew at each call.
+# report. Some minutes on two cores. Everything lands in data/demo and output/demo, and is made anew at each call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh
@@ -12,6 +12,8 @@ $python tools/make_synthetic.py --out data/demo/source
 $python tools/make_shards.py --layout configs/datasets/algonauts2025.yaml --root data/demo/source --out data/demo/shards \
     --features llama_3.2_3b/layers.11 whisper/layers.12 vjepa2/norm --overwrite
 $python -m trainer train --config configs/demo.yaml --overwrite
+$python -m trainer evaluate output/demo --step best
+$python -m trainer report output/demo
 
 $python - <<'PY'
 import json
@@ -30,5 +32,5 @@ for name, ceiling in ceilings.items():
         r.append(score["pearson_r"])
     print(f"{name:10}{ceiling:10.4f}{r[0]:10.4f}{r[0] / ceiling:8.0%}{r[1]:10.4f}{r[2]:12.4f}")
 print("\nThe ceiling is the r of the true signal. One sample lies far below the mean by construction: it carries noise.")
-print("Figures: " + ", ".join(str(path) for path in sorted(Path("output/demo").glob("*.png"))))
+print("Open output/demo/report.html in a browser; its figures are in output/demo/figures.")
 PY
