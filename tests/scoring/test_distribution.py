@@ -87,18 +87,19 @@ def test_more_samples_leave_the_first_ones_as_they_are(few: Study, predictor: Fl
 def test_the_record_is_what_the_samples_are(few: Study, predictor: FlowPredictor) -> None:
     found = judge(predictor, few)
     runs = all_draws(predictor, few)
-    of_subjects: dict[str, list[float]] = {name: [] for name in ("crps", "energy", "coverage_80", "r")}
+    of_subjects: dict[str, list[float]] = {name: [] for name in ("crps", "energy", "variogram", "coverage_80", "r")}
     for s in range(4):
         mine = [draws for run in runs for draws in run if draws.subject == s]
         assert len(mine) == (2 if s == 2 else 3)
         samples, bold = np.concatenate([d.samples for d in mine], axis=1), np.concatenate([d.bold for d in mine])
         of_subjects["crps"].append(proper.crps(samples, bold).mean())
         of_subjects["energy"].append(proper.energy_score(samples, bold).mean())
+        of_subjects["variogram"].append(proper.variogram_score(samples, bold).mean())
         of_subjects["coverage_80"].append(proper.coverage(samples, bold)[1].mean())
         mean = samples.mean(axis=0)
         of_subjects["r"].append(np.mean([pearsonr(mean[:, v], bold[:, v])[0] for v in range(20)]))
     flow = found.record["flow"]
-    for name in ("crps", "energy", "coverage_80"):
+    for name in ("crps", "energy", "variogram", "coverage_80"):
         assert flow[name] == pytest.approx(np.mean(of_subjects[name])), name
     assert flow["r_mean_of_k"] == pytest.approx(np.mean(of_subjects["r"]))
     np.testing.assert_allclose(found.arrays["crps_flow"].mean(axis=1), of_subjects["crps"])

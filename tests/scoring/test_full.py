@@ -164,6 +164,13 @@ def test_training_and_worker_keep_what_the_other_has_written(few: Study, tmp_pat
     score_checkpoint(directory, 1, 6, few, ["val"], ALONE, lambda _: None, full=False)
     assert json.loads(path.read_text()) == {**in_full, "validation": True}
 
+    path.write_text(json.dumps({**in_full, "pearson_r": None}))
+    score_checkpoint(directory, 1, 6, few, ["val"], ALONE, lambda _: None, full=False)
+    assert "full" not in json.loads(path.read_text())
+    path.write_text("torn")
+    score_checkpoint(directory, 1, 6, few, ["val"], ALONE, lambda _: None, full=False)
+    assert json.loads(path.read_text())["pearson_r"] == in_full["pearson_r"]
+
 
 def spoil(directory: StageDirectory) -> None:
     """The checkpoint's anchor says what is not a number, of one parcel."""

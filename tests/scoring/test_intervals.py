@@ -104,6 +104,9 @@ def test_blocks_lie_anywhere_and_other_sets_draw_others() -> None:
     (weights,) = block_weights("val", 400, [40], 10)
     assert (weights.sum(axis=0) > 0).all()
     assert {np.flatnonzero(np.diff(row, prepend=0) > 0)[0] % 10 for row in weights} == set(range(10))
+    (cut,) = block_weights("val", 400, [15], 10)
+    beyond = (cut[:, 0] > 0) & (cut[:, 8] == 2) & (cut[:, 12] > 0)
+    assert beyond.any(), "the last block, cut to five TRs, may begin where a whole one would not fit"
     assert not np.array_equal(weights, block_weights("test", 400, [40], 10)[0])
     assert not np.array_equal(run_weights("val", 5, 12), run_weights("test", 5, 12))
 
