@@ -427,6 +427,7 @@ def test_watch_beside_a_live_training_gives_the_scores_of_evaluate_afterwards(
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu2.yaml")]
     arguments = ["-m", "trainer", "train", "--config", str(debug_config), "--run", str(live.path)]
     options = [f"data.shards={tiny_shards}", "checkpoint.keep_last=9", "stage1.epochs=4"]
+    options += ["evaluate.bootstrap=20", "evaluate.samples=2"]
     command = [sys.executable, *launcher, *arguments, *options]
     training = subprocess.run(command, env=ENVIRONMENT, timeout=WAIT_S, capture_output=True, text=True)
     assert training.returncode == 0, training.stderr
