@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tools import bench, benches
-from tools.benches import data
+from tools.benches import data, watch
 from trainer.config import Filter
 from trainer.data.plan import Plan, select
 from trainer.data.shards import Shards
@@ -89,3 +89,16 @@ def test_what_a_checkpoint_costs_is_what_its_next_steps_take_longer() -> None:
         steps[k + 3] += 0.5  # the writer beside
     assert checkpoint_cost(steps, 50) == pytest.approx(1.5 / 50)
     assert checkpoint_cost([1.0] * 500, 50) == 0
+
+
+@pytest.mark.slow
+def test_the_bench_of_workers_lets_a_real_one_score(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "RUNS", 12)
+    monkeypatch.setattr(data, "PARCELS", 130)  # no fewer than the latent has dimensions
+    monkeypatch.setattr(watch, "APPEARANCES", 1)
+    monkeypatch.setattr(watch, "POLLS", 1)
+    latency, overhead, poll = watch.measure(tmp_path)
+    assert latency.reference is not None and overhead.value == pytest.approx(latency.value - latency.reference)
+    assert overhead.goal and poll.goal and poll.unit == "ms"

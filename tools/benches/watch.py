@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tools.benches import ROOT, Row, in_turns, seconds
-from tools.benches.data import WIDTHS, make_data
+from tools.benches import ROOT, Row, data, in_turns, seconds
 from trainer.config import load_config
 from trainer.data.study import Study
 from trainer.evaluation.worker import Worker
@@ -41,9 +40,9 @@ def measure(scratch: Path) -> list[Row]:
 
 def make_run(scratch: Path) -> RunDirectory:
     """A run of stage 1 at the published widths, one checkpoint of weights as drawn, and a set of 10 runs."""
-    streams = ", ".join(f"s{i}/x" for i in range(len(WIDTHS)))
+    streams = ", ".join(f"s{i}/x" for i in range(len(data.WIDTHS)))
     text = f"""
-data: {{shards: {make_data(scratch)}}}
+data: {{shards: {data.make_data(scratch)}}}
 include_features: [{streams}]
 datasets:
   train: {{filter: {{runs: [run10], trs: [0, 64]}}}}

@@ -108,11 +108,11 @@ class StageDirectory:
         return [lines[key] for key in sorted(lines)]
 
     def scores_with_paths(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All score files of the stage, in the order of their names; what else lies beside them is passed over."""
+        """All score files of the stage, in the order of their names; other files about checkpoints are passed over."""
         for path in sorted(self.scores.glob("*.json")):
-            score = read_json(path)
-            if "estimate" in score:
-                yield path, score
+            content = read_json(path)
+            if "estimate" in content:
+                yield path, content
 
     def read_scores(self) -> Iterator[dict[str, Any]]:
         """What all score files of the stage hold."""
