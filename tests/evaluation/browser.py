@@ -16,8 +16,8 @@ PROBE = """<script>
 addEventListener("load", () => {
   const seen = {
     images: [...document.querySelectorAll("figure img")].map(i => i.naturalWidth),
-    drawings: [...document.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().height > 40).length,
-    folded: document.querySelectorAll("details figure").length,
+    drawings: [...document.querySelectorAll("section > .figures svg")].filter(s => s.clientHeight > 40).length,
+    folded_drawings: document.querySelectorAll("details figure svg").length,
     ids: [...document.querySelectorAll("[id]")].map(e => e.id),
     overflow: document.documentElement.scrollWidth - innerWidth,
     width: innerWidth,

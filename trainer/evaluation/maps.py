@@ -38,7 +38,9 @@ def heat_map(name: str, title: str, values: np.ndarray, subjects: Sequence[str],
         figure, axis = panel(PAGE, 0.85 + 0.2 * len(values))
         image = draw_map(axis, values, subjects, map_limit([values]))
         axis.set(title=title, xlabel="Parcel")
-        figure.colorbar(image, ax=axis, label=label, extend=extend(values, image.norm.vmax), pad=0.015, aspect=9)
+        digits = "%.1f" if image.norm.vmax >= 0.2 else "%.2f"  # of one width, so that maps below each other align
+        ends = extend(values, image.norm.vmax)
+        figure.colorbar(image, ax=axis, label=label, extend=ends, format=digits, pad=0.015, aspect=9)
     below = " Grey: below 0." if (values < 0).any() else ""
     missing = " Empty: not known, or left out." if np.isnan(values).any() else ""
     return Drawing(

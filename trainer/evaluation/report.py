@@ -59,7 +59,7 @@ def run_labels(paths: Sequence[Path]) -> list[str]:
     depth = 1
     while len({found[-depth:] for found in parts}) < len(parts):
         depth += 1
-    return ["/".join(found[-depth:]) for found in parts]
+    return [str(Path(*found[-depth:])) for found in parts]
 
 
 def networks_of(run: RunResults) -> list[str] | str:

@@ -191,7 +191,7 @@ def read_results(path: Path) -> RunResults:
         ceilings={name: array for name, array in ceilings.items() if array is not None},
         config=config,
         manifest=_read_manifest(config.data.shards) if config else None,
-        notes=reader.notes,
+        notes=list(dict.fromkeys(reader.notes)),
     )
 
 

@@ -176,10 +176,11 @@ def _networks(runs: Mapping[str, RunResults], networks: Sequence[str] | str) -> 
 
 def _brain(run: RunResults, prefix: str, suffix: str) -> Section:
     """The last stage's first set on every subject's brain, the first subject open."""
-    scored = run.final.find(run.sets[0]) if run.final else None
+    found = (run.final.find(name) for name in run.sets) if run.final else iter(())
+    scored = next((scored for scored in found if scored is not None and scored.r is not None), None)
     drawings: dict[str, list[Drawing]] = {}
     missing = ["No scores of parcels yet."]
-    if scored is not None and scored.r is not None:
+    if scored is not None:
         drawings, missing = brain_drawings(scored, run.config.evaluate.atlas if run.config else None, prefix)
     parts = [Part(title=f"subject {label}", drawings=found) for label, found in drawings.items()]
     opened = [Part(missing=missing), *(_opened(part) for part in parts[:1])]
