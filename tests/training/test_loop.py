@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from trainer.run.watchdog import Watchdog
 
 from trainer.config import Config, OptimisationConfig
 from trainer.data.batches import Batch
@@ -22,6 +21,7 @@ from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory, write_json
 from trainer.run.processes import Interrupted, StopRequest, make_processes
+from trainer.run.watchdog import Watchdog
 from trainer.training.loop import Phase, Training, Watch, learning_rate, should_stop
 
 STEPS_PER_EPOCH = 5
