@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_sets(parser: argparse.ArgumentParser) -> None:
+    text = "sets (default: all not trained on)"
+    parser.add_argument("--set", nargs="+", action="extend", dest="sets", metavar="NAME", help=text)
+
+
 def _add_train(commands: Commands) -> None:
     train = commands.add_parser("train", help="train both stages, score them and draw figures")
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration")
@@ -63,14 +68,7 @@ def _add_evaluate(commands: Commands) -> None:
     evaluate.add_argument("run", type=Path, metavar="DIR", help="run directory")
     evaluate.add_argument("--stage", choices=["1", "2"], help="which stage (default: both that are there)")
     evaluate.add_argument("--step", default="best", metavar="N|best|last|all", help="which checkpoints")
-    evaluate.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        dest="sets",
-        metavar="NAME",
-        help="sets (default: all not trained on)",
-    )
+    _add_sets(evaluate)
     evaluate.set_defaults(run_command=_evaluate)
 
 
@@ -118,14 +116,7 @@ def _add_watch(commands: Commands) -> None:
         "left is scored; 128 + n on signal n; 2 bad input. torchrun and accelerate launch make 1 of all but 0.",
     )
     watch.add_argument("run", type=Path, metavar="DIR", help="run directory; may be about to be made")
-    watch.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        dest="sets",
-        metavar="NAME",
-        help="sets (default: all not trained on)",
-    )
+    _add_sets(watch)
     watch.add_argument(
         "--until-finished", action="store_true", help="end with the training (default: watch until a signal)"
     )

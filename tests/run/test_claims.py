@@ -17,6 +17,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from tests.pipes import line, tell
 from trainer.run import claims
 from trainer.run.alive import Owner
 from trainer.run.claims import Claim, ClaimLost, Claims
@@ -58,17 +59,6 @@ def process(tmp_path: Path) -> Iterator[Start]:
     for each in processes:
         each.kill()
         each.communicate()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
 
 
 def elsewhere(folder: Path, number: int, count: int = 0) -> None:

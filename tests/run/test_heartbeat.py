@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from tests.pipes import line, tell
 from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.alive import Owner
@@ -64,17 +65,6 @@ def training(tmp_path: Path) -> Iterator[Start]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def tell(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
 
 
 def elsewhere(folder: Path, number: int, **facts: object) -> None:

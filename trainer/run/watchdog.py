@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from torch.distributed import TCPStore
 
 from trainer.errors import InputError
+from trainer.run.processes import Processes
 from trainer.run.signals import Interrupted
 
 NEWS_SECONDS = 2.0
@@ -40,22 +41,6 @@ OF_OTHERS = ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "
 """What the error of a collective says where another rank is at fault."""
 
 _trainings = itertools.count(1)
-
-
-class Ranks(Protocol):
-    """What a watchdog asks of the processes of a launcher."""
-
-    @property
-    def rank(self) -> int:
-        """0, 1, ... `world` - 1."""
-
-    @property
-    def world(self) -> int:
-        """How many there are."""
-
-    @property
-    def host(self) -> str:
-        """The name of this machine."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +100,7 @@ class Gossip:
     rank, so nobody waits for this thread without a bound.
     """
 
-    def __init__(self, processes: Ranks) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.step, self._error = 0, ""
         self._rank, self._world, self._host = processes.rank, processes.world, processes.host
         self._training = next(_trainings)
@@ -190,7 +175,7 @@ class Watchdog:
     because of another rank, also what is known of that one.
     """
 
-    def __init__(self, processes: Ranks, timeout_s: float) -> None:
+    def __init__(self, processes: Processes, timeout_s: float) -> None:
         self._processes = processes
         self._timeout_s = timeout_s
         self._step = 0

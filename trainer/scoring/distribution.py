@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.data.batches import Batch, whole_runs
+from trainer.data.batches import Batch
 from trainer.data.study import Study
 from trainer.run.directory import StageDirectory
 from trainer.scoring import connectivity, proper
@@ -25,7 +25,8 @@ from trainer.scoring.connectivity import Connectivity
 from trainer.scoring.metrics import PearsonR, merged
 from trainer.scoring.predictor import Draws, FlowPredictor
 from trainer.scoring.records import finite
-from trainer.scoring.shares import Ranks, in_order, shown
+from trainer.scoring.sets import dealt_runs
+from trainer.scoring.shares import Ranks, in_order
 
 CONTENDERS = ("flow", "independent", "full_covariance")
 REAL = "bold"
@@ -224,15 +225,9 @@ def judge_distribution(
         InputError: on every rank, where one cannot read a shard.
     """
     judge = Judge(predictor, study, set_name, baselines, shown_run)
-    spans = study.spans[set_name]
 
     def judge_share() -> list[RunJudgement]:
-        batches = whole_runs(
-            study.shards, spans, study.streams, study.scaling,
-            context=study.config.data.context_trs, rank=processes.rank, world=processes.world,
-        )  # fmt: skip
-        runs = shown(processes, batches, f"sampling {set_name}", len(spans))
-        return [judge.run(batch.to(processes.device)) for batch in runs]
+        return [judge.run(batch) for batch in dealt_runs(study, set_name, processes, "sampling")]
 
     runs = in_order(processes, judge_share)
     connectivities = {name: Connectivity(study.manifest.parcels) for name in judge.connectivities}

@@ -7,7 +7,7 @@ series of a set of fewer than ten runs, whose blocks are resampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -69,6 +69,15 @@ class SetScores:
         return [name for name in ESTIMATES if name in self.correlations]
 
 
+def dealt_runs(study: Study, set_name: str, processes: Ranks, title: str) -> Iterator[Batch]:
+    """The whole runs of a set that this rank is dealt, on its device, with its progress shown."""
+    spans, context = study.spans[set_name], study.config.data.context_trs
+    rank, world = processes.rank, processes.world
+    batches = whole_runs(study.shards, spans, study.streams, study.scaling, context=context, rank=rank, world=world)
+    for batch in shown(processes, batches, f"{title} {set_name}", len(spans)):
+        yield batch.to(processes.device)
+
+
 def score_set(
     predictor: Predictor, study: Study, set_name: str, processes: Ranks, details: Details = NO_DETAILS
 ) -> SetScores:
@@ -83,12 +92,8 @@ def score_set(
     spans = study.spans[set_name]
 
     def score_share() -> list[RunScores]:
-        batches = whole_runs(
-            study.shards, spans, study.streams, study.scaling,
-            context=study.config.data.context_trs, rank=processes.rank, world=processes.world,
-        )  # fmt: skip
-        runs = shown(processes, batches, f"scoring {set_name}", len(spans))
-        return [_score_run(predictor, batch.to(processes.device), details, len(spans)) for batch in runs]
+        runs = dealt_runs(study, set_name, processes, "scoring")
+        return [_score_run(predictor, batch, details, len(spans)) for batch in runs]
 
     return _merge(in_order(processes, score_share))
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,12 @@ from torch import Tensor, nn
 from trainer.config import OptimisationConfig
 from trainer.errors import InputError
 from trainer.run.checkpoint import Checkpoint
+from trainer.run.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FIRST_LOSS_SCALE = 2.0**16
 STEPS_TO_GROW = 2000
 """The loss scale's start, and how many finite steps in a row double it: those of torch.amp.GradScaler."""
-
-
-class World(Protocol):
-    """What an update needs to know of the processes (`trainer.run.processes`)."""
-
-    @property
-    def accelerator(self) -> Any:
-        """accelerate's Accelerator: it prepares a DeepSpeed engine."""
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the launcher asked for DeepSpeed."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """What the forward pass runs in; nothing for float32."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +92,7 @@ class Update(ABC):
 
     objective: nn.Module
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, processes: World, *, precision: str) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW, processes: Processes, *, precision: str) -> None:
         self.model, self._optimizer, self._processes = model, optimizer, processes
         self._loss_scale = LossScale(processes.device, dynamic=precision == "fp16")
 

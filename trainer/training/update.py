@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.config import OptimisationConfig
 from trainer.errors import InputError
 from trainer.run.checkpoint import Checkpoint
-from trainer.training.adam import Step, Update, World, adamw, begin
+from trainer.run.processes import Processes
+from trainer.training.adam import Step, Update, adamw, begin
 
 BUCKET_ELEMENTS = 25 * 2**20 // 4
 """Gradients that DeepSpeed reduces at once: 25 MiB as DDP does, where its own 5e8 would take 2 GB of each device."""
@@ -52,7 +53,7 @@ class Replicated(Update):
         model: nn.Module,
         objective: nn.Module,
         optimisation: OptimisationConfig,
-        processes: World,
+        processes: Processes,
         *,
         precision: str,
         deterministic: bool,
@@ -110,7 +111,7 @@ class Sharded(Update):
         model: nn.Module,
         objective: nn.Module,
         optimisation: OptimisationConfig,
-        processes: World,
+        processes: Processes,
         *,
         precision: str,
     ) -> None:
@@ -189,7 +190,7 @@ def make_update(
     model: nn.Module,
     objective: nn.Module,
     optimisation: OptimisationConfig,
-    processes: World,
+    processes: Processes,
     *,
     precision: str,
     deterministic: bool = False,
