@@ -31,7 +31,9 @@ from trainer.run.watchdog import Watchdog
 what, timeout_s = sys.argv[1], float(sys.argv[2])
 
 def tell(**facts):
-    print(json.dumps({"rank": processes.rank, "pid": os.getpid(), **facts}), flush=True)
+    # in one write: print makes two of an unbuffered line, and the other rank's may come between them
+    sys.stdout.write(json.dumps({"rank": processes.rank, "pid": os.getpid(), **facts}) + "\\n")
+    sys.stdout.flush()
 
 def fail(error):
     raise error
