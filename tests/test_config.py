@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config import Config, differing_keys, documentation, load_config
 from trainer.errors import InputError
+from trainer.strict import parse_yaml
 from trainer.strict import validated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,3 +152,11 @@ def test_every_key_stands_in_the_readme_with_its_default() -> None:
             row = f"| `{section}.{key}` | `{default}` | {meaning} |".replace("`.", "`")
             assert row in readme, row
             assert meaning, key
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("12:00:00", "12:00:00"), ("1-12:00:00", "1-12:00:00"), ("3e-4", 3e-4), ("1.5", 1.5), ("-3", -3), ("0x1f", 31)],
+)
+def test_numbers_are_what_people_read_and_a_time_is_text(text: str, value: object) -> None:
+    assert parse_yaml(text) == value

@@ -6,7 +6,6 @@ table is made from these descriptions, and a test keeps the two equal.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -15,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from trainer.errors import InputError
-from trainer.strict import StrictModel, known_keys, parse_yaml, read_yaml, validated
+from trainer.strict import StrictModel, apply_overrides, read_yaml, validated
 
 
 def _odd(size: int) -> int:
@@ -333,27 +332,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         InputError: unreadable file, unknown key (the nearest is suggested), wrong type, inconsistent values.
     """
     data = read_yaml(path)
-    for override in overrides:
-        _apply(data, override)
+    apply_overrides(Config, data, overrides)
     return validated(Config, data, f"{path} with overrides" if overrides else path)
-
-
-def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(override, "not an override", expected="key=value, e.g. stage1.lr=1e-3")
-    *sections, last = key.split(".")
-    for depth, section in enumerate(sections):
-        known = known_keys(Config, sections[:depth])
-        if known and section not in known:
-            nearest = difflib.get_close_matches(section, known, n=1, cutoff=0.5)
-            hint = f"Did you mean {'.'.join([*sections[:depth], nearest[0]])}?" if nearest else None
-            raise InputError("command line", f"{key}: unknown key", fix=hint)
-        inner = data.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise InputError("command line", f"{key}: {section} is no section", found=repr(inner))
-        data = inner
-    data[last] = parse_yaml(text, f"command line ({key})")
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

@@ -1,16 +1,18 @@
 """YAML files into strict pydantic models, with errors that a person can act on.
 
 The configuration and the description of a data set are both YAML read by people in a hurry: an unknown key is an
-error that suggests the nearest one, a key given twice is an error, and `3e-4` is a number (YAML 1.1 reads it as text).
+error that suggests the nearest one, a key given twice is an error, `3e-4` is a number (YAML 1.1 reads it as text), and
+`12:00:00` is text (YAML 1.1 reads it as a number to base 60).
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,8 +29,20 @@ class StrictModel(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9][0-9_]*|0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+)$",
+    "tag:yaml.org,2002:float": r"^[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$"
+    r"|^\.(nan|NaN|NAN)$",
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 floats and without duplicate keys."""
+    """SafeLoader with YAML 1.2 numbers and without duplicate keys."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -44,11 +58,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, name: str = "<text>") -> Any:
@@ -84,6 +95,30 @@ def validated(model: type[Model], data: Any, where: str | Path) -> Model:
         return model.model_validate(data)
     except ValidationError as error:
         raise _as_input_error(model, error, where) from error
+
+
+def apply_overrides(model: type[BaseModel], data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put `key.sub=value` overrides (values are YAML) into `data`, which will be read as `model`. Raises InputError."""
+    for override in overrides:
+        _apply(model, data, override)
+
+
+def _apply(model: type[BaseModel], data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(override, "not an override", expected="key=value, e.g. stage1.lr=1e-3")
+    *sections, last = key.split(".")
+    for depth, section in enumerate(sections):
+        known = known_keys(model, sections[:depth])
+        if known and section not in known:
+            nearest = difflib.get_close_matches(section, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {'.'.join([*sections[:depth], nearest[0]])}?" if nearest else None
+            raise InputError("command line", f"{key}: unknown key", fix=hint)
+        inner = data.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError("command line", f"{key}: {section} is no section", found=repr(inner))
+        data = inner
+    data[last] = parse_yaml(text, f"command line ({key})")
 
 
 def _as_input_error(model: type[BaseModel], error: ValidationError, where: str | Path) -> InputError:
