@@ -45,7 +45,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         build_flow(config.stage2, shapes_of(study))
     run = RunDirectory(path)
     if 1 not in stages:
-        _check_stage1(config, run)
+        check_stage1(config, run)
     processes = make_processes(
         precision=config.precision, deterministic=config.deterministic, timeout_s=config.timeout_s
     )
@@ -66,7 +66,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
 def _claim(config: Config, run: RunDirectory, stages: Sequence[int], *, resume: bool, overwrite: bool) -> None:
     run.claim(stages, resume=resume, overwrite=overwrite)
     if resume:
-        _check_same_config(config, run, stages)
+        check_same_config(config, run, stages)
 
 
 def _train_stage(job: Job, number: int) -> None:
@@ -89,7 +89,7 @@ _HOW_LONG = ("checkpoint.", "evaluate.", "log_every", "tracker", "stage1.max_ste
 _MAY_CHANGE = (*_HOW_DATA_ARE_READ, *_HOW_PROCESSES_SHARE, *_HOW_LONG)
 
 
-def _check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) -> None:
+def check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) -> None:
     """Raise InputError that names the keys in which a resume differs from its start."""
     for number in stages:
         path = run.stage(number).config
@@ -106,7 +106,7 @@ def _check_same_config(config: Config, run: RunDirectory, stages: Sequence[int])
                 )
 
 
-def _check_stage1(config: Config, run: RunDirectory) -> None:
+def check_stage1(config: Config, run: RunDirectory) -> None:
     """Stage 2 alone stands on a finished stage 1 of the same data and anchor. Raises InputError."""
     stage1 = run.stage(1)
     if stage1.finished() is None:

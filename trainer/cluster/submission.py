@@ -1,0 +1,227 @@
+"""A chain of jobs through submitit to SLURM, or, as a dry run, to the terminal.
+
+submitit writes each batch script, pickles what its tasks run and asks sbatch. What it does not know is written around
+its `srun`: `setup` is everything before it, down to `job_begin` of slurm/job.sh, and `teardown` is `job_end`, which
+decides about a requeue. All jobs are submitted, or none: when sbatch refuses one, those before it are cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from trainer.cluster.chain import Job, dependency
+from trainer.cluster.plan import Plan, recorded
+from trainer.cluster.settings import JobSettings, Settings
+from trainer.cluster.task import Task
+from trainer.errors import InputError
+from trainer.run import jobs as queue
+
+ASK_S = 20
+"""How long sinfo or scancel may take."""
+
+
+class Executor(SlurmExecutor):
+    """submitit's, which can also show a script where no SLURM is, and whose jobs are arrays where they have elements."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """Whether sbatch is here is asked by `submit`, which says what to do if not."""
+        return 2
+
+    def script(self, elements: int) -> str:
+        """The batch script, exactly as it would be submitted."""
+        parameters = {**self.parameters, **({"map_count": elements} if elements > 1 else {})}
+        shown = Executor(self.folder, python=self.python)
+        shown.parameters = parameters
+        return str(shown._make_submission_file_text(self._submitit_command_str, uid=""))
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the jobs find their code and their interpreter."""
+
+    code: Path
+    python: str = sys.executable
+
+
+def executor_of(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> Executor:
+    """What submits a job: its folder, interpreter and options."""
+    settings = plan.settings.of(job.name)
+    executor = Executor(plan.folder, python=shlex.quote(settings.python or site.python))
+    executor.update_parameters(**options_of(job, settings), **_around(job, settings, plan.settings, site, ids))
+    return executor
+
+
+def options_of(job: Job, settings: JobSettings) -> dict[str, Any]:
+    """What a job asks sbatch for, by the names of submitit."""
+    memory = settings.mem_gb
+    asked = {
+        **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "gres", "exclude")},
+        **{key: getattr(settings, key) for key in ("mail_user", "mail_type", "gpus_per_node", "cpus_per_task", "nodes")},
+        "ntasks_per_node": settings.tasks_per_node,
+        "mem": None if memory is None else f"{int(memory)}GB" if memory == int(memory) else f"{int(memory * 1024)}MB",
+    }
+    return {
+        "job_name": job.name,
+        "time": settings.time,
+        "signal_delay_s": settings.signal_delay_s,
+        "wckey": None,  # submitit's own; a site that checks such keys refuses it
+        **{key: value for key, value in asked.items() if value is not None},
+    }
+
+
+def _around(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids: Mapping[str, str]) -> dict[str, Any]:
+    """What a job waits for, and what stands before and behind srun in its script."""
+    extra: dict[str, Any] = {"requeue" if all_jobs.requeue else "no-requeue": True}
+    if job.waits:
+        extra["kill-on-invalid-dep"] = "yes"
+    arguments = ["--kill-on-bad-exit=1"]
+    if settings.cpus_per_task:  # since 22.05 srun does not take it over from sbatch
+        arguments.append(f"--cpus-per-task={settings.cpus_per_task}")
+    mpi = getattr(settings, "mpi", None)
+    if mpi:
+        arguments.append(f"--mpi={mpi}")
+    return {
+        **({"dependency": dependency(job.waits, ids)} if job.waits else {}),
+        "additional_parameters": extra | {key.replace("_", "-"): _flag(v) for key, v in settings.sbatch.items() if v is not False},
+        "srun_args": [*arguments, *settings.srun],
+        "setup": _setup(job, settings, all_jobs, site, ids),
+        "teardown": ["job_end $?"],
+    }
+
+
+def _flag(value: object) -> object:
+    return True if value is True else value
+
+
+def _setup(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids: Mapping[str, str]) -> list[str]:
+    """The lines before srun."""
+    lines = [*settings.setup, f"export PYTHONPATH={shlex.quote(str(site.code))}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    lines.append(f"export FMRI_FLOW_PYTHON={shlex.quote(settings.python or site.python)}")
+    if settings.interface:
+        name = shlex.quote(settings.interface)
+        lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
+    lines.append(f". {shlex.quote(str(site.code / 'slurm' / 'job.sh'))} || exit")
+    run, index = shlex.quote(str(job.elements[0].run)), ""
+    if len(job.elements) > 1:
+        lines.append(f"runs=({' '.join(shlex.quote(str(element.run)) for element in job.elements)})")
+        run, index = '"${runs[SLURM_ARRAY_TASK_ID]}"', "_$SLURM_ARRAY_TASK_ID"
+    rules = f"--max-requeues {all_jobs.max_requeues} --requeue {'yes' if all_jobs.requeue else 'no'}"
+    if job.links > 1:
+        rules += f" --link {job.link} --links {job.links}"
+    if job.earlier:
+        rules += " --earlier " + " ".join(ids.get(key, f"<{key}>") + index for key in job.earlier)
+    return [*lines, f"job_begin --run {run} --name {job.name} {rules}"]
+
+
+def scripts(plan: Plan, site: Site) -> dict[str, str]:
+    """The batch scripts by the keys of their jobs; ids that are not known yet stand as `<stage1>`."""
+    return {job.key: executor_of(job, plan, site, {}).script(len(job.elements)) for job in plan.jobs}
+
+
+def submit(plan: Plan, site: Site) -> dict[str, str]:
+    """Submit a chain; the ids of its jobs by their keys.
+
+    Raises:
+        InputError: there is no sbatch, or it refuses a job. Then none is left in the queue.
+    """
+    if shutil.which("sbatch") is None:
+        raise InputError(
+            "sbatch",
+            "is not on this machine",
+            fix="Run this on a login node of the cluster (there slurm/submit.sh needs no Python packages), or use "
+            "--cluster local.",
+        )
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.keep_configs()
+    ids: dict[str, str] = {}
+    try:
+        for job in plan.jobs:
+            ids[job.key] = _submit(job, plan, site, ids)
+            _record(job, ids)
+    except BaseException:
+        if ids:
+            _scancel(list(ids.values()))
+        raise
+    return ids
+
+
+def _submit(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> str:
+    executor = executor_of(job, plan, site, ids)
+    tasks = [Task(element.argv, run=str(element.run), name=job.name) for element in job.elements]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):  # submitit prints what it then raises
+            submitted = executor.submit_array(tasks)
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise refusal(str(error), job, plan) from error
+    return str(submitted[0].job_id).partition("_")[0]
+
+
+def _record(job: Job, ids: Mapping[str, str]) -> None:
+    """Note a job in the run directories that it works for."""
+    earlier = [ids[key] for key in job.earlier]
+    for index, element in enumerate(job.elements):
+        which = index if len(job.elements) > 1 else None
+        queue.record(element.run, [recorded(job, ids[job.key], which, earlier)])
+
+
+def _scancel(ids: Sequence[str]) -> None:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["scancel", *ids], capture_output=True, timeout=ASK_S)
+
+
+ADVICE = {
+    "partition name": ("partition", "`sinfo` lists them"),
+    "account": ("account", "`sacctmgr show associations user=$USER format=account,partition` lists yours"),
+    "qos": ("qos", "`sacctmgr show associations user=$USER format=qos` lists yours"),
+    "time limit": ("time", "`sinfo -o '%R %l'` lists what the partitions allow"),
+    "feature": ("constraint", "`sinfo -o '%n %f'` lists the features of the nodes"),
+    "generic resource": ("gres or gpus_per_node", "`sinfo -o '%n %G'` lists what the nodes have"),
+    "memory": ("mem_gb", "`sinfo -o '%n %m'` lists the memory of the nodes in MB"),
+    "cpu count": ("tasks_per_node and cpus_per_task", "`sinfo -o '%n %c'` lists the cores of the nodes"),
+    "node count": ("nodes", "`sinfo -o '%R %D'` lists the nodes of the partitions"),
+    "node configuration": (
+        "nodes, tasks_per_node, cpus_per_task, gpus_per_node, mem_gb",
+        "`sinfo -o '%n %c %m %G'` lists what the nodes have",
+    ),
+    "node name": ("exclude", "`sinfo -N` lists the nodes"),
+}
+"""Words of sbatch's refusals -> the key to change, and how to find out what it may be."""
+
+
+def refusal(text: str, job: Job, plan: Plan) -> InputError:
+    """What sbatch's refusal means for who wrote the settings."""
+    lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines() if "error:" in line]
+    why = lines[-1].removeprefix("Batch job submission failed: ") if lines else " ".join(text.split())
+    settings = plan.settings.of(job.name)
+    for words, (keys, how) in ADVICE.items():
+        if words in why.lower():
+            first = keys.partition(",")[0].partition(" ")[0]
+            expected = partitions() if first == "partition" else None
+            fix = f"Set {keys} in that file, or slurm.{first}=... on the command line ({how})."
+            found = getattr(settings, first, None)
+            return InputError(plan.source, f"{job.name}: sbatch says: {why}", found=found, expected=expected, fix=fix)
+    return InputError(plan.source, f"{job.name}: sbatch says: {why}", fix="`--dry-run` shows the script.")
+
+
+def partitions() -> str | None:
+    """The partitions of this cluster, as people say them; None where sinfo does not tell."""
+    try:
+        told = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=ASK_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    names = sorted(set(told.stdout.split()))
+    return " or ".join(names) if names and told.returncode == 0 else None
