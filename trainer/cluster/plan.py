@@ -165,7 +165,7 @@ def _notes(number: int, stage: Stage) -> list[str]:
     if stage.standing == "finished":
         return [f"{name}: finished; nothing to do"]
     if stage.standing == "running":
-        return [f"{name}: job {stage.id} of an earlier submission trains it; nothing to do"]
+        return [f"{name}: in the queue as job {stage.id} of an earlier submission; nothing to do"]
     return [f"{name}: goes on from its newest checkpoint"] if stage.standing == "failed" else []
 
 

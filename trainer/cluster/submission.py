@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,11 @@ def _around(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids
         arguments.append(f"--mpi={mpi}")
     return {
         **({"dependency": dependency(job.waits, ids)} if job.waits else {}),
-        "additional_parameters": extra | {key.replace("_", "-"): _flag(v) for key, v in settings.sbatch.items() if v is not False},
+        "additional_parameters": extra | {key.replace("_", "-"): v for key, v in settings.sbatch.items() if v is not False},
         "srun_args": [*arguments, *settings.srun],
         "setup": _setup(job, settings, all_jobs, site, ids),
         "teardown": ["job_end $?"],
     }
-
-
-def _flag(value: object) -> object:
-    return True if value is True else value
 
 
 def _setup(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids: Mapping[str, str]) -> list[str]:
@@ -144,6 +141,7 @@ def submit(plan: Plan, site: Site) -> dict[str, str]:
             fix="Run this on a login node of the cluster (there slurm/submit.sh needs no Python packages), or use "
             "--cluster local.",
         )
+    check(plan, site)
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.keep_configs()
     ids: dict[str, str] = {}
@@ -158,6 +156,30 @@ def submit(plan: Plan, site: Site) -> dict[str, str]:
     return ids
 
 
+def check(plan: Plan, site: Site) -> None:
+    """Ask SLURM whether it could run such jobs, before anything is written or submitted.
+
+    sbatch takes some jobs that can never run, e.g. of more nodes than a partition has. A site where the question itself
+    does not work is left to the submission.
+
+    Raises:
+        InputError: it could not, for a reason that the settings can change.
+    """
+    asked: list[JobSettings] = []
+    for job in plan.jobs:
+        settings = plan.settings.of(job.name)
+        if settings in asked:
+            continue
+        asked.append(settings)
+        alone = replace(job, waits=(), elements=job.elements[:1])
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            script = executor_of(alone, plan, site, {}).script(1)
+            done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=ASK_S)
+            error = refusal(done.stderr, job, plan) if done.returncode else None
+            if error is not None and ADVISED in str(error):
+                raise error
+
+
 def _submit(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> str:
     executor = executor_of(job, plan, site, ids)
     tasks = [Task(element.argv, run=str(element.run), name=job.name) for element in job.elements]
@@ -167,6 +189,9 @@ def _submit(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> str:
             submitted = executor.submit_array(tasks)
     except (FailedJobError, FailedSubmissionError) as error:
         raise refusal(str(error), job, plan) from error
+    finally:
+        for left in (*plan.folder.glob(".submission_file_*.sh"), *plan.folder.glob("?" * 32 + ".pkl")):
+            left.unlink()  # links to scripts that have names by now, and what was not submitted
     return str(submitted[0].job_id).partition("_")[0]
 
 
@@ -202,19 +227,30 @@ ADVICE = {
 """Words of sbatch's refusals -> the key to change, and how to find out what it may be."""
 
 
+ADVISED = "in that file, or slurm."
+
+
 def refusal(text: str, job: Job, plan: Plan) -> InputError:
     """What sbatch's refusal means for who wrote the settings."""
-    lines = [line.removeprefix("sbatch: error: ").strip() for line in text.splitlines() if "error:" in line]
-    why = lines[-1].removeprefix("Batch job submission failed: ") if lines else " ".join(text.split())
+    starts = ("sbatch: error: ", "allocation failure: ", "Batch job submission failed: ")
+    lines = [_without(line, starts) for line in text.splitlines() if line.startswith(starts)] or [" ".join(text.split())]
     settings = plan.settings.of(job.name)
-    for words, (keys, how) in ADVICE.items():
-        if words in why.lower():
-            first = keys.partition(",")[0].partition(" ")[0]
-            expected = partitions() if first == "partition" else None
-            fix = f"Set {keys} in that file, or slurm.{first}=... on the command line ({how})."
-            found = getattr(settings, first, None)
-            return InputError(plan.source, f"{job.name}: sbatch says: {why}", found=found, expected=expected, fix=fix)
-    return InputError(plan.source, f"{job.name}: sbatch says: {why}", fix="`--dry-run` shows the script.")
+    for why in lines:
+        for words, (keys, how) in ADVICE.items():
+            if words in why.lower():
+                first = re.split(r"\W", keys)[0]
+                expected = partitions() if first == "partition" else None
+                fix = f"Set {keys} {ADVISED}{first}=... on the command line ({how})."
+                found = getattr(settings, first) if " " not in keys else None
+                what = f"{job.name}: SLURM says: {why}"
+                return InputError(plan.source, what, found=found, expected=expected, fix=fix)
+    return InputError(plan.source, f"{job.name}: SLURM says: {lines[-1]}", fix="`--dry-run` shows the script.")
+
+
+def _without(line: str, starts: Sequence[str]) -> str:
+    for start in starts:
+        line = line.removeprefix(start)
+    return line.strip()
 
 
 def partitions() -> str | None:

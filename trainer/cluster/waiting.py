@@ -151,7 +151,8 @@ def told(found: Verdict, parts: Sequence[Part], states: Mapping[str, JobState]) 
         code = f", exit status {state.exit_code}" if state.exit_code not in ("", "0:0") else ""
         lines.append(f"{part.key} (job {part.id}) has failed: {state.state or 'SLURM has forgotten it'}{code}")
         links = [other for other in parts if (other.name, other.run) == (part.name, part.run)]
-        lines += [line for cause in [_cause(links)] if cause for line in cause]
+        if part.name != "report" or part == found.failed[0]:  # it has nothing to show where trainings fail
+            lines += _cause(links)
     if found.cancelled:
         which = ", ".join(f"{part.key} (job {part.id})" for part in found.cancelled)
         lines.append(f"cancelled{', as it cannot begin without that' if found.failed else ''}: {which}")
