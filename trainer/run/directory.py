@@ -182,7 +182,7 @@ class RunDirectory:
             shutil.rmtree(deleted)
 
 
-_OURS = {"stage1", "stage2", "figures"}
+_OURS = {"stage1", "stage2", "figures", "slurm", "code"}
 _OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 
