@@ -253,7 +253,7 @@ def _end(run: Path, place: Place, rules: Rules, starts: Sequence[Start], status:
     if step.requeue:
         step = _requeue(rules, step)
     if step.says:
-        _say(rules, place, f"error: {step.says}." if ended in ("failed", "killed") else f"{step.says}.")
+        _say(rules, place, f"{step.says}." if step.requeue else f"error: {step.says}.")
     return step.status
 
 
