@@ -21,7 +21,7 @@ from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.alive import Owner
 from trainer.run.files import write_json
-from trainer.run.heartbeat import Heartbeat, Pace, begin, holder, read_heartbeat
+from trainer.run.heartbeat import Heartbeat, Pace, begin, holder, is_over, read_heartbeat
 from trainer.run.processes import Interrupted
 
 TRAIN = """
@@ -148,6 +148,40 @@ def test_a_training_on_another_host_is_dead_when_its_counter_stands_still(
         (tmp_path / "heartbeat.json").unlink()
     assert begin(tmp_path, {}) == 2
     assert capsys.readouterr().err.count("waiting up to 1 s for a sign of life of process 12 on node7") == 1
+
+
+def test_a_job_that_slurm_starts_again_does_not_wait_for_its_last_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "STALE_AFTER_S", 3600.0)
+    elsewhere(tmp_path, 1)
+    write_json(tmp_path / "starts" / "1.json", {**read_heartbeat(tmp_path), "slurm": {"SLURM_JOB_ID": "12"}})
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert holder(tmp_path, patience_s=0) is not None, "the same start: it lives as far as can be seen"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert holder(tmp_path) is None
+    assert begin(tmp_path, {}) == 2
+
+
+@pytest.mark.parametrize(
+    ("start", "environment", "over"),
+    [
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}, True),
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}, False),
+        ({"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "2"}, {"SLURM_JOB_ID": "12"}, False),
+        ({"SLURM_JOB_ID": "12"}, {"SLURM_JOB_ID": "13", "SLURM_RESTART_COUNT": "1"}, False),
+        ({"SLURM_JOB_ID": "12"}, {"SLURM_JOB_ID": "14", "FMRI_FLOW_EARLIER": "12 13"}, True),
+        ({"SLURM_JOB_ID": "1"}, {"SLURM_JOB_ID": "14", "FMRI_FLOW_EARLIER": "12 13"}, False),
+        (
+            {"SLURM_JOB_ID": "21", "SLURM_ARRAY_JOB_ID": "20", "SLURM_ARRAY_TASK_ID": "3"},
+            {"SLURM_JOB_ID": "31", "FMRI_FLOW_EARLIER": "20_3"},
+            True,
+        ),
+        ({}, {"SLURM_JOB_ID": "14", "FMRI_FLOW_EARLIER": "None_None"}, False),
+    ],
+)
+def test_a_start_is_over_where_slurm_says_so(start: dict[str, str], environment: dict[str, str], over: bool) -> None:
+    assert is_over(start, environment) == over
 
 
 def test_beats_go_on_while_the_training_is_busy(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@
     RUN/stage1/claims/     what is being scored, and by which worker
     RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
     RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
+    RUN/slurm/             jobs.json and the logs of jobs
+    RUN/code/              the code that the jobs run, where it was copied
     RUN/*.png              figures
 
 Whoever trains, scores, draws or reports reads and writes a run through these two classes, so the layout is said once.
@@ -182,7 +184,7 @@ class RunDirectory:
             shutil.rmtree(deleted)
 
 
-_OURS = {"stage1", "stage2", "figures"}
+_OURS = {"stage1", "stage2", "figures", "slurm", "code"}
 _OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 

@@ -6,10 +6,12 @@
 The newest start owns the directory for as long as it lives. From the same machine its process is looked for; from
 another its counter must advance within `STALE_AFTER_S` of the watcher's own clock: clocks of other hosts are never
 trusted. A process that finds a newer start than its own was taken for dead (it slept, its disk hung): it must stop.
+Where SLURM says that a start is over, since it runs its job again or the next job of a chain, nobody waits for it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -82,6 +84,8 @@ def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] |
         owner = Owner.read(beat)
         if owner == Owner.this():  # an earlier training of this very process is over
             return None
+        if is_over(_slurm_of(folder, beat["start"]), os.environ):
+            return None
         counter = (beat["start"], beat["count"])
         lives = watch.lives(owner, counter, time.monotonic()) if patience else owner.lives()
         if lives is not None or not patience:
@@ -90,6 +94,32 @@ def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] |
             print(f"{folder}: waiting up to {patience:.0f} s for a sign of life of {owner}", file=sys.stderr)
             told = True
         time.sleep(LOOK_EVERY_S)
+
+
+def is_over(start: Mapping[str, str], environment: Mapping[str, str]) -> bool:
+    """Whether a start is over by SLURM's word, whatever its counter looks like.
+
+    SLURM starts a job again only after it has ended it, and a job that waits for others (`FMRI_FLOW_EARLIER`, which
+    the batch script sets) only after those.
+
+    Args:
+        start: its variables of SLURM, as starts/<n>.json keeps them.
+        environment: of this process.
+    """
+    job = start.get("SLURM_JOB_ID")
+    if not job:
+        return False
+    names = {job, f"{start.get('SLURM_ARRAY_JOB_ID')}_{start.get('SLURM_ARRAY_TASK_ID')}"}
+    if names & set(environment.get("FMRI_FLOW_EARLIER", "").split()):
+        return True
+    restart = int(start.get("SLURM_RESTART_COUNT") or 0)
+    return job == environment.get("SLURM_JOB_ID") and restart < int(environment.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _slurm_of(folder: Path, number: int) -> dict[str, str]:
+    """SLURM's variables of a start; none where it was deleted meanwhile."""
+    path = folder / "starts" / f"{number}.json"
+    return dict(read_json(path).get("slurm", {})) if path.exists() else {}
 
 
 def sign_of_life(folder: Path) -> object:

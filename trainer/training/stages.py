@@ -75,7 +75,8 @@ def _train_stage(job: Job, number: int) -> None:
     if processes.first(lambda: job.resume and directory.finished() is not None):
         job.say(f"Stage {number} is finished: {directory.path}")
         return
-    facts = {"world": processes.world, "launcher": processes.launcher}
+    hosts = processes.gather_objects(processes.host)
+    facts = {"world": processes.world, "launcher": processes.launcher, "hosts": hosts}
     start = processes.first(lambda: directory.begin(job.config.to_yaml(), **facts))
     with Heartbeat(directory.path, start) if processes.is_main else nullcontext() as heartbeat:
         watch = Watch(job.stop, heartbeat, job.watchdog)
