@@ -5,7 +5,7 @@
 
 `key=value` overrides the configuration of the training, `slurm.key=value` what the jobs ask for. The jobs train with
 what was submitted, kept in RUN/slurm. Submitted again, what is finished or in the queue is left alone, and what failed
-goes on. `--cluster local` runs the same chain on this machine without SLURM, `--cluster debug` in this process.
+goes on. `--snapshot` lets them run a copy of the code, so that work in the checkout goes on. `--cluster local` runs the same chain on this machine without SLURM, `--cluster debug` in this process.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm", help="where the jobs run")
     made.add_argument("--dry-run", action="store_true", help="print the batch scripts and submit nothing")
     made.add_argument("--wait", action="store_true", help="wait for the jobs; the exit status is theirs")
+    made.add_argument("--snapshot", action="store_true", help="the jobs run a copy of the code, in the run directory")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage1.lr=1e-3 slurm.stage1.nodes=4")
     return made
 
@@ -52,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("Nothing to submit.")
         return 0
     # submitit and what it needs are imported when the input is known to be right
-    from trainer.cluster import local, submission
+    from trainer.cluster import local, snapshot, submission
 
-    site = submission.Site(CODE)
     if arguments.dry_run:
+        site = submission.Site(plan.home / "code" if arguments.snapshot else CODE)
         return _dry_run(plan, submission.scripts(plan, site))
+    site = submission.Site(snapshot.take(plan.home, root=CODE) if arguments.snapshot else CODE)
     if arguments.cluster == "local":
         return local.run_locally(plan, site, say=say)
     if arguments.cluster == "debug":

@@ -1,1 +1,1 @@
-"""Training on a cluster: what is submitted to SLURM, what runs in its jobs, and the same chain on a workstation."""
+"""A run as jobs of a cluster: what is submitted, what happens inside a job, and the same chain on a workstation."""

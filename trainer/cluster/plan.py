@@ -169,10 +169,10 @@ def _notes(number: int, stage: Stage) -> list[str]:
     return [f"{name}: goes on from its newest checkpoint"] if stage.standing == "failed" else []
 
 
-def recorded(job: Job, job_id: str, element: int | None, earlier: Sequence[str]) -> queue.Job:
-    """A job, or an element of an array, as it is noted in its run directory."""
+def recorded(job: Job, job_id: str, element: int | None, earlier: Sequence[str], code: str) -> queue.Job:
+    """A job, or an element of an array, as it is noted in its run directory; `code` is the hash of what it runs."""
     suffix = "" if element is None else f"_{element}"
     ids = tuple(f"{link}{suffix}" for link in earlier)
-    return queue.Job(job.name, f"{job_id}{suffix}", job.kind, job.stage, time.time(), ids, element)
+    return queue.Job(job.name, f"{job_id}{suffix}", job.kind, job.stage, time.time(), ids, element, code)
 
 

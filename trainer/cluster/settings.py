@@ -109,7 +109,7 @@ class Settings(JobSettings):
 
     requeue: bool = Field(True, description="whether the site lets a job be put back into the queue")
     max_requeues: NotNegative = Field(
-        3, description="how often a job that was killed goes on; without requeue, links that are submitted beside the first"
+        3, description="how often a job that was killed goes on; without requeue, how many jobs train a stage, one after another"
     )
     shards: ShardsSettings = Field(ShardsSettings(), description="overrides for the job that makes shards")
     stage1: JobSettings = Field(JobSettings(), description="overrides for the training of stage 1")
@@ -130,7 +130,7 @@ class Settings(JobSettings):
     @property
     def links(self) -> int:
         """How many jobs train a stage, one after another: one that is put back, or as many as may be needed."""
-        return 1 if self.requeue else 1 + self.max_requeues
+        return 1 if self.requeue else max(1, self.max_requeues)
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:

@@ -28,6 +28,7 @@ from trainer.cluster.settings import JobSettings, Settings
 from trainer.cluster.task import Task
 from trainer.errors import InputError
 from trainer.run import jobs as queue
+from trainer.run.code import sha256
 
 ASK_S = 20
 """How long sinfo or scancel may take."""
@@ -145,10 +146,11 @@ def submit(plan: Plan, site: Site) -> dict[str, str]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     plan.keep_configs()
     ids: dict[str, str] = {}
+    code = sha256(site.code)
     try:
         for job in plan.jobs:
             ids[job.key] = _submit(job, plan, site, ids)
-            _record(job, ids)
+            _record(job, ids, code)
     except BaseException:
         if ids:
             _scancel(list(ids.values()))
@@ -195,12 +197,12 @@ def _submit(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> str:
     return str(submitted[0].job_id).partition("_")[0]
 
 
-def _record(job: Job, ids: Mapping[str, str]) -> None:
+def _record(job: Job, ids: Mapping[str, str], code: str) -> None:
     """Note a job in the run directories that it works for."""
     earlier = [ids[key] for key in job.earlier]
     for index, element in enumerate(job.elements):
         which = index if len(job.elements) > 1 else None
-        queue.record(element.run, [recorded(job, ids[job.key], which, earlier)])
+        queue.record(element.run, [recorded(job, ids[job.key], which, earlier, code)])
 
 
 def _scancel(ids: Sequence[str]) -> None:
