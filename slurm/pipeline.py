@@ -4,8 +4,9 @@
     python slurm/pipeline.py --config configs/full.yaml --slurm configs/slurm/default.yaml
 
 `key=value` overrides the configuration of the training, `slurm.key=value` what the jobs ask for. The jobs train with
-what was submitted, kept in RUN/slurm. Submitted again, what is finished or in the queue is left alone, and what failed
-goes on. `--snapshot` lets them run a copy of the code, so that work in the checkout goes on. `--cluster local` runs the same chain on this machine without SLURM, `--cluster debug` in this process.
+what was submitted, kept in RUN/slurm; with `--snapshot` they also run a copy of the code. Submitted again, what is
+finished or in the queue is left alone, and what failed goes on. `--cluster local` runs the same chain on this machine
+without SLURM, `--cluster debug` in this process.
 """
 
 from __future__ import annotations

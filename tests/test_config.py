@@ -8,8 +8,7 @@ import pytest
 
 from trainer.config import Config, differing_keys, documentation, load_config
 from trainer.errors import InputError
-from trainer.strict import parse_yaml
-from trainer.strict import validated
+from trainer.strict import parse_yaml, validated
 
 ROOT = Path(__file__).resolve().parents[1]
 MINIMAL = """

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from trainer.errors import InputError
 from trainer.strict import StrictModel, apply_overrides, read_yaml, validated
 
 

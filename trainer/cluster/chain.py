@@ -142,7 +142,10 @@ def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, l
         return []
     queued = sorted({i for run in runs for s in run.stages.values() for i in (s.id, s.worker) if i}, key=_number)
     waits = [Wait("afterany", id=i) for i in queued] + [Wait("afterany", job.key) for job in jobs]
-    return [*jobs, Job("report", "report", (Element(home, ("report", *(str(run.path) for run in runs))),), tuple(waits))]
+    return [
+        *jobs,
+        Job("report", "report", (Element(home, ("report", *(str(run.path) for run in runs))),), tuple(waits)),
+    ]
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:
@@ -197,11 +200,13 @@ def _behind_stage1(group: Sequence[Run], trained: Mapping[tuple[Path, int], Wait
 
 
 def _links(group: Sequence[Run], number: int, waits: tuple[Wait, ...], links: int, taken: set[str]) -> Iterator[Job]:
+    """Jobs that train the same, one after another."""
+    stage = ("--stage", str(number), "--resume")
     elements = tuple(
-        Element(run.path, ("train", "--config", str(run.config), "--run", str(run.path), "--stage", str(number), "--resume"))
-        for run in group
-    )  # fmt: skip
-    first, earlier = _free(f"stage{number}", taken), ()
+        Element(run.path, ("train", "--config", str(run.config), "--run", str(run.path), *stage)) for run in group
+    )
+    first = _free(f"stage{number}", taken)
+    earlier: tuple[str, ...] = ()
     for link in range(1, links + 1):
         key = first if link == 1 else _free(f"{first}.{link}", taken)
         # what cancels the first link cancels them all

@@ -176,7 +176,9 @@ class Driver:
 
     def _end_all(self) -> None:
         """Ask all processes to end until they have; who takes too long is killed, or at a second Ctrl-C."""
-        self._say(f"{signal.Signals(self._stop.signum).name}: the trainings save and end; Ctrl-C again ends them at once")
+        self._say(
+            f"{signal.Signals(self._stop.signum).name}: the trainings save and end; Ctrl-C again ends them at once"
+        )
         deadline = time.monotonic() + END_WITHIN_S
         try:
             with contextlib.suppress(KeyboardInterrupt):

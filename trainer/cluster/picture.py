@@ -1,8 +1,8 @@
 """A chain of jobs as a small tree of text: what is submitted, how large it is, and what it waits for.
 
-    shards         101    1 x 16 tasks    4 h
-    └─ stage1      102    2 x 4 tasks    12 h   if shards ends well
-       ├─ evaluate1  ...
+shards         101    1 x 16 tasks    4 h
+└─ stage1      102    2 x 4 tasks    12 h   if shards ends well
+   ├─ evaluate1  ...
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ def picture(jobs: Sequence[Job], of: Callable[[str], JobSettings], ids: Mapping[
         ids: of the jobs, by their keys; without them there is no such column.
     """
     cells = [
-        [f"{branch}{row.name}", *([_span([ids[job.key] for job in row.jobs])] if ids else []), *_size(row, of(row.name))]
+        [
+            f"{branch}{row.name}",
+            *([_span([ids[job.key] for job in row.jobs])] if ids else []),
+            *_size(row, of(row.name)),
+        ]
         for branch, row in _drawn(_rows(jobs))
     ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]) - 1)] if cells else []
-    return ["   ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]).rstrip() for line in cells]
+    return [
+        "   ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in cells
+    ]
 
 
 def _rows(jobs: Sequence[Job]) -> list[Row]:

@@ -127,7 +127,9 @@ def _config_file(home: Path, training: Config) -> tuple[Path, str]:
     return path, text
 
 
-def _shards(training: Config, settings: Settings, home: Path, standing: dict[int, Stage]) -> tuple[Shards | None, list[str]]:
+def _shards(
+    training: Config, settings: Settings, home: Path, standing: dict[int, Stage]
+) -> tuple[Shards | None, list[str]]:
     """The job that makes shards, where one is needed and there are none; and what to say of it.
 
     Raises:
@@ -174,5 +176,3 @@ def recorded(job: Job, job_id: str, element: int | None, earlier: Sequence[str],
     suffix = "" if element is None else f"_{element}"
     ids = tuple(f"{link}{suffix}" for link in earlier)
     return queue.Job(job.name, f"{job_id}{suffix}", job.kind, job.stage, time.time(), ids, element, code)
-
-

@@ -1,9 +1,9 @@
 """What the jobs of a pipeline ask SLURM for: configs/slurm/*.yaml as strict models.
 
-Keys at the top are the defaults of all jobs; the sections `shards`, `stage1`, `stage2`, `evaluate` and `report` override
-any of them for one kind of job. On the command line an override is `slurm.KEY=VALUE`, e.g. `slurm.stage1.nodes=4`.
-Jobs that are no training have one task on one node unless their own section says otherwise: what a training needs,
-written once at the top, must not be asked for by the job that draws the report.
+Keys at the top are the defaults of all jobs; the sections `shards`, `stage1`, `stage2`, `evaluate` and `report`
+override any of them for one kind of job. On the command line an override is `slurm.KEY=VALUE`, e.g.
+`slurm.stage1.nodes=4`. Jobs that are no training have one task on one node unless their own section says otherwise:
+what a training needs, written once at the top, must not be asked for by the job that draws the report.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _OF_THEIR_OWN: dict[str, dict[str, Any]] = {
 """What the top level does not say for jobs that are no training."""
 
 _SET_BY_US = {
-    **{key: "the pipeline sets it" for key in ("output", "error", "open-mode", "job-name", "array", "dependency")},
-    **{key: "the pipeline sets it" for key in ("kill-on-invalid-dep", "chdir", "wrap")},
+    **dict.fromkeys(("output", "error", "open-mode", "job-name", "array", "dependency"), "the pipeline sets it"),
+    **dict.fromkeys(("kill-on-invalid-dep", "chdir", "wrap"), "the pipeline sets it"),
     "signal": "use signal_delay_s",
     "requeue": "use requeue",
     "no-requeue": "use requeue: false",
@@ -64,8 +64,8 @@ class JobSettings(StrictModel):
     setup: list[str] = Field([], description="lines of bash before anything else: modules, conda, venv")
     python: str | None = Field(None, description="the interpreter in the jobs; null: the one that submits")
     interface: str | None = Field(None, description="the network that NCCL and gloo use, e.g. ib0")
-    signal_delay_s: NotNegative = Field(120, description="seconds before the end of the time when tasks are told to save")
-    sbatch: dict[str, str | int | float | bool] = Field({}, description="other options of sbatch, e.g. {exclusive: true}")
+    signal_delay_s: NotNegative = Field(120, description="seconds before its end at which a job is told to save")
+    sbatch: dict[str, str | int | float | bool] = Field({}, description="other options, e.g. {exclusive: true}")
     srun: list[str] = Field([], description="other arguments of srun")
 
     @field_validator("time", mode="before")
@@ -109,7 +109,8 @@ class Settings(JobSettings):
 
     requeue: bool = Field(True, description="whether the site lets a job be put back into the queue")
     max_requeues: NotNegative = Field(
-        3, description="how often a job that was killed goes on; without requeue, how many jobs train a stage, one after another"
+        3,
+        description="how often a job that was killed goes on; without requeue, the jobs that train a stage",
     )
     shards: ShardsSettings = Field(ShardsSettings(), description="overrides for the job that makes shards")
     stage1: JobSettings = Field(JobSettings(), description="overrides for the training of stage 1")

@@ -35,7 +35,7 @@ ASK_S = 20
 
 
 class Executor(SlurmExecutor):
-    """submitit's, which can also show a script where no SLURM is, and whose jobs are arrays where they have elements."""
+    """submitit's, which can also show a script, where there is no SLURM too."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -71,7 +71,9 @@ def options_of(job: Job, settings: JobSettings) -> dict[str, Any]:
     memory = settings.mem_gb
     asked = {
         **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "gres", "exclude")},
-        **{key: getattr(settings, key) for key in ("mail_user", "mail_type", "gpus_per_node", "cpus_per_task", "nodes")},
+        **{
+            key: getattr(settings, key) for key in ("mail_user", "mail_type", "gpus_per_node", "cpus_per_task", "nodes")
+        },
         "ntasks_per_node": settings.tasks_per_node,
         "mem": None if memory is None else f"{int(memory)}GB" if memory == int(memory) else f"{int(memory * 1024)}MB",
     }
@@ -97,7 +99,8 @@ def _around(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids
         arguments.append(f"--mpi={mpi}")
     return {
         **({"dependency": dependency(job.waits, ids)} if job.waits else {}),
-        "additional_parameters": extra | {key.replace("_", "-"): v for key, v in settings.sbatch.items() if v is not False},
+        "additional_parameters": extra
+        | {key.replace("_", "-"): v for key, v in settings.sbatch.items() if v is not False},
         "srun_args": [*arguments, *settings.srun],
         "setup": _setup(job, settings, all_jobs, site, ids),
         "teardown": ["job_end $?"],
@@ -176,7 +179,9 @@ def check(plan: Plan, site: Site) -> None:
         alone = replace(job, waits=(), elements=job.elements[:1])
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             script = executor_of(alone, plan, site, {}).script(1)
-            done = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=ASK_S)
+            done = subprocess.run(
+                ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=ASK_S
+            )
             error = refusal(done.stderr, job, plan) if done.returncode else None
             if error is not None and ADVISED in str(error):
                 raise error
@@ -235,7 +240,9 @@ ADVISED = "in that file, or slurm."
 def refusal(text: str, job: Job, plan: Plan) -> InputError:
     """What sbatch's refusal means for who wrote the settings."""
     starts = ("sbatch: error: ", "allocation failure: ", "Batch job submission failed: ")
-    lines = [_without(line, starts) for line in text.splitlines() if line.startswith(starts)] or [" ".join(text.split())]
+    lines = [_without(line, starts) for line in text.splitlines() if line.startswith(starts)] or [
+        " ".join(text.split())
+    ]
     settings = plan.settings.of(job.name)
     for why in lines:
         for words, (keys, how) in ADVICE.items():

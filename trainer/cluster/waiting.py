@@ -184,4 +184,3 @@ def last_lines(logs: Path, job_id: str, task: int, title: str) -> list[str]:
         if lines:
             return [f"  the last lines of {title}, {path}:", *(f"    {line}" for line in lines[-LAST_LINES:])]
     return [f"  it has left no log in {logs}"]
-
