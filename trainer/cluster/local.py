@@ -66,11 +66,12 @@ def run_here(plan: Plan, *, say: Say = print, make_task: MakeTask = Task) -> int
         say(f"{job.key}: in this process")
         element = job.elements[0]
         task = make_task(element.argv, run=str(element.run), name=job.name)
-        try:
-            DebugExecutor(plan.folder).submit(task).results()
-            status: Any = 0
-        except SystemExit as left:
-            status = left.code
+        with _environment(SUBMITIT_EXECUTOR="debug"):
+            try:
+                DebugExecutor(plan.folder).submit(task).results()
+                status: Any = 0
+            except SystemExit as left:
+                status = left.code
         outcomes[job.key] = "ok" if _went_well(job, status in (0, None)) else "failed"
         say(f"{job.key}: {'done' if outcomes[job.key] == 'ok' else f'failed (status {status})'}")
     return _status(outcomes)
@@ -98,17 +99,24 @@ def _cancelled(jobs: Sequence[Job], outcomes: Mapping[str, Outcome], say: Say) -
 
 
 @contextlib.contextmanager
-def _path_of(code: Path) -> Iterator[None]:
-    """Child processes import the code that was submitted."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *([before] if before else [])])
+def _environment(**values: str) -> Iterator[None]:
+    """Inside the block the environment holds these."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _path_of(code: Path) -> contextlib.AbstractContextManager[None]:
+    """Child processes import the code that was submitted."""
+    before = os.environ.get("PYTHONPATH")
+    return _environment(PYTHONPATH=os.pathsep.join([str(code), *([before] if before else [])]))
 
 
 class Driver:
