@@ -20,6 +20,7 @@ ALLOWED = {
     "scoring": LEAVES | {"data", "models", "run"},
     "training": LEAVES | {"data", "models", "run", "scoring"},
     "evaluation": LEAVES | {"data", "models", "run", "scoring"},
+    "cluster": LEAVES | {"data", "models", "run", "scoring", "training", "evaluation"},
 }
 
 

@@ -73,7 +73,7 @@ def _add_evaluate(commands: Commands) -> None:
 
 
 def _add_status(commands: Commands) -> None:
-    status = commands.add_parser("status", help="say how far a run is, and who trains it")
+    status = commands.add_parser("status", help="say how far a run is, who trains it, and how its jobs are")
     status.add_argument("run", type=Path, metavar="DIR", help="run directory")
     status.set_defaults(run_command=_status)
 
@@ -116,6 +116,7 @@ def _add_watch(commands: Commands) -> None:
         "left is scored; 128 + n on signal n; 2 bad input. torchrun and accelerate launch make 1 of all but 0.",
     )
     watch.add_argument("run", type=Path, metavar="DIR", help="run directory; may be about to be made")
+    watch.add_argument("--stage", type=int, choices=[1, 2], help="look at this stage alone, and end with it")
     _add_sets(watch)
     watch.add_argument(
         "--until-finished", action="store_true", help="end with the training (default: watch until a signal)"
@@ -203,7 +204,8 @@ def _watch(arguments: argparse.Namespace) -> int:
     from trainer.evaluation.worker import watch
     from trainer.run.directory import RunDirectory
 
-    return watch(RunDirectory(arguments.run), arguments.sets, until_finished=arguments.until_finished)
+    stages = [arguments.stage] if arguments.stage else [1, 2]
+    return watch(RunDirectory(arguments.run), arguments.sets, until_finished=arguments.until_finished, stages=stages)
 
 
 def _report(arguments: argparse.Namespace) -> int:

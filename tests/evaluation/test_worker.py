@@ -382,6 +382,27 @@ def test_a_training_that_is_gone_ends_a_worker_with_a_status_of_its_own(
     assert "no training has begun there within 2 s" in capsys.readouterr().err
 
 
+def test_a_worker_of_one_stage_leaves_the_other_alone_and_ends_with_its_own(
+    debug_run: Path, tmp_path: Path, hurry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_crowd(debug_run, tmp_path / "run", [3])
+    command = ["watch", str(run.path), "--set", "test", "--until-finished", "--stage"]
+    assert main([*command, "2"]) == 2
+    assert "stage2: no training has begun there within 2 s" in capsys.readouterr().err
+    shutil.copytree(debug_run / "stage2", run.stage(2).path)
+    (run.stage(2).path / "finished.json").unlink()
+    scores = sorted(path.name for path in run.stage(2).scores.iterdir())
+    assert main([*command, "1"]) == 0, "though stage 2 has begun, and is gone"
+    assert full(run) == {(3, "test")}
+    assert sorted(path.name for path in run.stage(2).scores.iterdir()) == scores
+    (run.stage(1).path / "finished.json").unlink()
+    shutil.rmtree(run.stage(1).scores)
+    write_json(run.stage(2).path / "finished.json", {"step": 3})
+    assert main([*command, "2"]) == 0, "though stage 1 is gone"
+    assert not run.stage(1).scores.exists()
+    assert {score["set"] for score in run.stage(2).read_scores() if score.get("full")} == {"test"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_worker_that_releases_its_claims(
     crowd: RunDirectory, start: Start, number: signal.Signals

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from trainer.cli import main
-from trainer.run import heartbeat, status
+from trainer.run import heartbeat, jobs, status
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
 from trainer.run.files import read_json
 from trainer.run.heartbeat import Heartbeat
-from trainer.run.status import StageFacts, described, duration, stage_status
+from trainer.run.jobs import JobState, jobs_of
+from trainer.run.status import StageFacts, described, described_jobs, duration, stage_status
 
 BEAT = {
     "step": 1250,
@@ -201,3 +202,51 @@ def test_status_is_told_without_torch(tmp_path: Path) -> None:
     out = subprocess.run([sys.executable, "-c", told, "status", str(tmp_path)], capture_output=True, text=True).stdout
     assert out.startswith("Stage 1: running")
     assert out.endswith("False\n")
+
+
+def test_the_jobs_of_a_run_are_told_in_a_line_each() -> None:
+    submitted = jobs_of(["shards=9", "stage1=10", "stage1=12", "stage2=13", "report=14", "evaluate1=15"], 0.0)
+    states = {
+        "9": JobState("FAILED", "NonZeroExitCode", "n1", "23:00", "3:0"),
+        "10": JobState("FAILED", "NonZeroExitCode"),
+        "12": JobState("RUNNING", "", "n[1-2]", "1-02:00:00"),
+        "13": JobState("PENDING", "Dependency", "", "1-00:00:00"),
+        "14": JobState("COMPLETED", "", "n1", "1:00", "0:0"),
+        "15": JobState(reason="SLURM does not know it"),
+    }
+    assert described_jobs(submitted, states, 60.0) == [
+        "Jobs",
+        "  shards     9   FAILED     n1, NonZeroExitCode, 3:0",
+        "  stage1     12  RUNNING    n[1-2], 1-02:00:00 left",
+        "  stage2     13  PENDING    Dependency",
+        "  report     14  COMPLETED  n1",
+        "  evaluate1  15  unknown    SLURM does not know it",
+    ]
+
+
+def test_links_that_wait_and_elements_of_arrays_are_all_told() -> None:
+    submitted = jobs_of(["stage1=1", "stage1=2", "stage1=3", "stage2=4_0", "stage2=4_1"], 0.0)
+    states = {job.id: JobState("CANCELLED" if job.id in ("1", "4_0") else "PENDING") for job in submitted}
+    assert [line.split()[1:] for line in described_jobs(submitted, states, 0.0)[1:]] == [
+        ["2", "PENDING"],
+        ["3", "PENDING"],
+        ["4_0", "CANCELLED"],
+        ["4_1", "PENDING"],
+    ]
+
+
+def test_a_run_that_only_waits_in_the_queue_and_whose_queue_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    jobs.record(tmp_path, jobs_of(["stage1=12", "stage2=13"], time.time() - 7200))
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Stage 1: waiting",
+        "  why        not started",
+        "Stage 2: waiting",
+        "  why        stage 1 is not finished",
+        "Jobs: states unknown (squeue is not installed, sacct is not installed)",
+        "  stage1  12  submitted 2 h 0 min ago",
+        "  stage2  13  submitted 2 h 0 min ago",
+    ]

@@ -1,1 +1,1 @@
-"""A run on a cluster: what a job does before, in and after its tasks, and how jobs follow each other."""
+"""A run as jobs of a cluster: what is submitted, what happens inside a job, and many runs at once."""

@@ -26,19 +26,20 @@ FINISHED, GONE = 0, 3
 """Exit statuses: all is trained and scored; the training is gone, and what it left is scored."""
 
 
-def first_config(run: RunDirectory, stop: StopRequest) -> Config | None:
-    """The configuration of the first stage that has one, waited for; None where a signal came first."""
+def first_config(run: RunDirectory, numbers: Sequence[int], stop: StopRequest) -> Config | None:
+    """The configuration of the first of some stages that has one, waited for; None where a signal came first."""
     deadline = time.monotonic() + BEGIN_WITHIN_S
+    where = run.path if len(numbers) > 1 else run.stage(numbers[0]).path
     told = False
     while not stop.requested:
-        for number in (1, 2):
+        for number in numbers:
             if run.stage(number).config.exists():
                 return load_config(run.stage(number).config)
         if time.monotonic() >= deadline:
             fix = "Start the training first, or at the same time."
-            raise InputError(run.path, f"no training has begun there within {BEGIN_WITHIN_S:g} s", fix=fix)
+            raise InputError(where, f"no training has begun there within {BEGIN_WITHIN_S:g} s", fix=fix)
         if not told:
-            print(f"{run.path}: waiting up to {BEGIN_WITHIN_S:g} s for a training to begin", file=sys.stderr)
+            print(f"{where}: waiting up to {BEGIN_WITHIN_S:g} s for a training to begin", file=sys.stderr)
             told = True
         pause(stop)
     return None
@@ -63,7 +64,7 @@ def ending(stages: Sequence[StageState], still_s: float, *, has_lived: bool) -> 
     """The exit status with which a worker that has scored everything ends; None while more may come.
 
     Args:
-        stages: all that a run may have.
+        stages: all that the worker looks at.
         still_s: for how long there has been no sign of life of a training.
         has_lived: whether there has been one since the worker began.
     """
@@ -78,10 +79,10 @@ def ending(stages: Sequence[StageState], still_s: float, *, has_lived: bool) -> 
 
 
 class Life:
-    """Signs of life of the training of a run, looked for every few seconds."""
+    """Signs of life of the training of some stages, looked for every few seconds."""
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._stages = [run.stage(number) for number in (1, 2)]
+    def __init__(self, stages: Sequence[StageDirectory]) -> None:
+        self._stages = stages
         self._watch = CounterWatch(STALE_AFTER_S)
         self._looked: float | None = None
         self._still_s = 0.0

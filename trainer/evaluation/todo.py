@@ -179,9 +179,9 @@ class Part:
         return self.directory.scores / f"{unit}-{estimate}.json"
 
 
-def parts_of(run: RunDirectory) -> list[Part]:
-    """All parts of a run that may hold checkpoints, started or not."""
-    return [Part(run, number, refit=refit) for number in (1, 2) for refit in (False, True)]
+def parts_of(run: RunDirectory, stages: Sequence[int]) -> list[Part]:
+    """All parts of some stages of a run that may hold checkpoints, started or not."""
+    return [Part(run, number, refit=refit) for number in stages for refit in (False, True)]
 
 
 def stamp(path: Path) -> tuple[int, int, int] | None:

@@ -32,15 +32,19 @@ from trainer.run.watchdog import Watchdog
 from trainer.scoring.shares import Ranks, in_order
 
 T = TypeVar("T")
+STAGES = (1, 2)
 
 
-def watch(run: RunDirectory, sets: Sequence[str] | None, *, until_finished: bool) -> int:
+def watch(
+    run: RunDirectory, sets: Sequence[str] | None, *, until_finished: bool, stages: Sequence[int] = STAGES
+) -> int:
     """Score the checkpoints of a run as they appear, on sets of the configuration that were not trained on.
 
     Args:
         run: its directory, which need not be there yet.
         sets: names; all without them.
         until_finished: end with the training, rather than watch until a signal.
+        stages: those to look at; of one alone, the end of that stage is the end of the training.
 
     Returns: the exit status: `lifetime.FINISHED`, `lifetime.GONE`, or 128 + the signal that asked for an end.
 
@@ -48,13 +52,15 @@ def watch(run: RunDirectory, sets: Sequence[str] | None, *, until_finished: bool
         InputError: no training begins there, there is no such set, or checkpoints do not fit the shards.
     """
     with StopRequest() as stop:
-        config = first_config(run, stop)
+        config = first_config(run, stages, stop)
         if config is None:
             return 128 + stop.signum
         # what scores are computed with: nothing of a training's precision or accumulation
         processes = make_processes(precision="no", deterministic=config.deterministic, timeout_s=config.timeout_s)
         with Watchdog(processes, config.timeout_s) as watchdog, listening(watchdog.alive):
-            worker = Worker(run, sets, processes, stop, until_finished=until_finished, alive=watchdog.alive)
+            worker = Worker(
+                run, sets, processes, stop, until_finished=until_finished, alive=watchdog.alive, stages=stages
+            )
             return worker.run_to_its_end()
 
 
@@ -133,11 +139,13 @@ class Worker:
         *,
         until_finished: bool,
         alive: Callable[[], None] = lambda: None,
+        stages: Sequence[int] = STAGES,
     ) -> None:
-        self._run, self._sets, self._processes, self._stop = run, sets, processes, stop
+        self._stages = {number: run.stage(number) for number in stages}
+        self._sets, self._processes, self._stop = sets, processes, stop
         self._until_finished, self._alive = until_finished, alive
-        self._parts = parts_of(run)
-        self._life = Life(run)
+        self._parts = parts_of(run, stages)
+        self._life = Life(list(self._stages.values()))
         self._settling = Settling()
         self._studies: dict[int, tuple[object, Study]] = {}
         self._claim: Claim | None = None
@@ -161,8 +169,8 @@ class Worker:
         """On the main process, what to do now: a task, which is claimed, an exit status, or nothing for a while."""
         self._life.look()
         # before the folders are listed: of a training that finishes in between, the last checkpoint is seen later
-        stages = [state_of(self._run.stage(number)) for number in (1, 2)]
-        found = [self._remaining(part, stages[part.number - 1]) for part in self._parts]
+        stages = {number: state_of(stage) for number, stage in self._stages.items()}
+        found = [self._remaining(part, stages[part.number]) for part in self._parts]
         free = [(number, unit) for number, rest in enumerate(found) for unit in rest.free]
         claimed = [(number, unit) for number, rest in enumerate(found) for unit in rest.claimed]
         for number, unit in free + claimed:
@@ -173,7 +181,7 @@ class Worker:
             return None
         for part, rest in zip(self._parts, found, strict=True):
             self._tidy(part, rest.leftover)
-        return self._life.ending(stages) if self._until_finished else None
+        return self._life.ending(list(stages.values())) if self._until_finished else None
 
     def do(self, task: Task) -> None:
         """Score, on all processes; what keeps one of them from it keeps all."""

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.run import heartbeat
+from trainer.run.code import code
 from trainer.run.files import read_json, write_json, write_whole
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "h5py", "webdataset", "safetensors")
@@ -185,7 +185,7 @@ class RunDirectory:
 
 
 _OURS = {"stage1", "stage2", "figures", "slurm", "code"}
-_OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
+_OURS_ASIDE = (".probe.", ".code.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 
 def _is_ours(path: Path) -> bool:
@@ -194,13 +194,14 @@ def _is_ours(path: Path) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """What the start of a training should remember: versions, commit and diff, host, job of SLURM, command."""
+    """What the start of a training should remember: versions, code, commit and diff, host, job of SLURM, command."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    now = code()
     return {
         "time": time.time(),
         "host": platform.node(),
@@ -208,16 +209,7 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "slurm": {name: os.environ[name] for name in _SLURM if name in os.environ},
         "versions": versions,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
+        "git_commit": now.git_commit,
+        "git_diff": now.git_diff,
+        "code_sha256": now.sha256,
     }
-
-
-def _git(*arguments: str) -> str | None:
-    """git's answer about the code that runs, or None where it is no checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        answer = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 
 from trainer.errors import InputError, exit_on_input_error
 from trainer.run import heartbeat
+from trainer.run.code import ROOT, sha256
 from trainer.run.directory import RunDirectory
 from trainer.run.files import read_json, write_json
 
@@ -141,6 +142,15 @@ def this_job(run: Path) -> Job | None:
     return next((job for job in read(run) if job.id == mine), None) if mine else None
 
 
+def other_code(run: Path) -> str | None:
+    """A warning that the code is not the one that our job was submitted with; None where it is, or nobody noted it."""
+    job = this_job(run)
+    if job is None or not job.code or job.code == sha256():
+        return None
+    fix = "Submit with --snapshot to run what is submitted."
+    return f"{ROOT}: the code has changed since job {job.id} was submitted; starts/ notes what runs. {fix}"
+
+
 # What SLURM says
 
 _ID = re.compile(r"\d+(_\d+)?")
@@ -174,9 +184,24 @@ def alive(run: Path, stage: int, *, ask: Run = subprocess.run) -> bool:
 
     A worker that scores the stage does not count: it asks this to learn whether there will be more to score.
     """
-    jobs = _trainings(run, stage)
+    ids, trouble = in_queue(run, stage, ask=ask)
+    return bool(ids or trouble)
+
+
+def in_queue(run: Path, stage: int | None = None, *, ask: Run = subprocess.run) -> tuple[tuple[str, ...], str]:
+    """The ids of a run's jobs that are not over, or of the trainings of one stage among them.
+
+    Returns: the ids, and why there may be others: squeue is here, but did not answer.
+    """
+    jobs = read(run) if stage is None else _trainings(run, stage)
     found, trouble = _ask([job.id for job in jobs], ask)
-    return bool(_live(jobs, found, time.time()) or trouble)
+    now = time.time()
+
+    def lives(job: Job) -> bool:
+        state = found[job.id]
+        return not is_over(state) or (not state.state and now - job.time < LAG_S)
+
+    return tuple(job.id for job in jobs if lives(job)), trouble
 
 
 def standing(run: Path, stage: int, *, ask: Run = subprocess.run) -> Standing:
@@ -185,32 +210,23 @@ def standing(run: Path, stage: int, *, ask: Run = subprocess.run) -> Standing:
     Raises:
         InputError: jobs were submitted for it, and squeue is here but does not answer.
     """
-    directory, jobs = RunDirectory(run).stage(stage), _trainings(run, stage)
+    directory = RunDirectory(run).stage(stage)
     if directory.finished() is not None:
         return Standing("finished")
-    found, trouble = _ask([job.id for job in jobs], ask)
-    if live := _live(jobs, found, time.time()):
-        return Standing("running", live)
+    ids, trouble = in_queue(run, stage, ask=ask)
+    if ids:
+        return Standing("running", ids)
     if trouble:
         fix = "Try again: whether a job of this stage is in the queue decides what is to be done."
         raise InputError(run, trouble, fix=fix)
     if heartbeat.holder(directory.path) is not None:
         return Standing("running")
-    return Standing("failed", tuple(job.id for job in jobs)) if directory.has_started() else Standing("free")
+    ended = tuple(job.id for job in _trainings(run, stage))
+    return Standing("failed", ended) if directory.has_started() else Standing("free")
 
 
 def _trainings(run: Path, stage: int) -> list[Job]:
     return [job for job in read(run) if job.kind == "train" and job.stage == stage]
-
-
-def _live(jobs: Sequence[Job], found: Mapping[str, JobState], now: float) -> tuple[str, ...]:
-    """The ids of jobs that are not over, and of young ones that SLURM has not heard of yet."""
-
-    def lives(job: Job) -> bool:
-        state = found[job.id]
-        return not is_over(state) or (not state.state and now - job.time < LAG_S)
-
-    return tuple(job.id for job in jobs if lives(job))
 
 
 def _ask(ids: Sequence[str], run: Run) -> tuple[dict[str, JobState], str]:

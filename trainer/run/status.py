@@ -1,7 +1,8 @@
 """How far a run is: `python -m trainer status RUN`.
 
 Everything is read from the files of the run, on any machine that sees them and in a moment (no torch). What the files
-say is gathered first; what it means is a function of that.
+say is gathered first; what it means is a function of that. Of jobs that were submitted for the run SLURM says more,
+where its programs are installed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import InputError
-from trainer.run import checkpoint, heartbeat
+from trainer.run import checkpoint, heartbeat, jobs
 from trainer.run.alive import Owner
 from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.run.jobs import Job, JobState, is_over
 
 State = Literal["waiting", "running", "stale", "finished", "interrupted", "failed"]
 
@@ -175,19 +177,54 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
+def described_jobs(submitted: Sequence[Job], states: Mapping[str, JobState], now: float) -> list[str]:
+    """The jobs of a run as they are printed: those that are not over, and the last of each name that is."""
+    last = {job.name: job for job in submitted if job.array is None}
+    shown = [job for job in submitted if job.array is not None or job == last[job.name] or not is_over(states[job.id])]
+    if not shown:
+        return []
+    whys = {states[job.id].reason for job in shown if not states[job.id].state}
+    if len(whys) == 1 and not any(states[job.id].state for job in shown):
+        rows = [[job.name, job.id, f"submitted {duration(max(0.0, now - job.time))} ago"] for job in shown]
+        return [f"Jobs: states unknown ({whys.pop()})", *_aligned(rows)]
+    return ["Jobs", *_aligned([_row(job, states[job.id]) for job in shown])]
+
+
+def _row(job: Job, state: JobState) -> list[str]:
+    """Name, id and state of a job, and of where it runs or why it does not what is known."""
+    left = f"{state.left} left" if state.state == "RUNNING" and state.left else ""
+    failed = state.exit_code if state.exit_code not in ("", "0:0") else ""
+    return [
+        job.name,
+        job.id,
+        state.state or "unknown",
+        ", ".join(filter(None, (state.nodes, left, state.reason, failed))),
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        ("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows
+    ]
+
+
 def show(run: RunDirectory) -> Iterator[str]:
-    """The lines about all parts of a run.
+    """The lines about all parts of a run, and about its jobs.
 
     Raises:
         InputError: there is no such run.
     """
     if not run.path.is_dir():
         raise InputError(run.path, "no such run directory")
-    if not any(run.stage(number).has_started() for number in (1, 2)):
+    submitted = jobs.read(run.path)
+    if not submitted and not any(run.stage(number).has_started() for number in (1, 2)):
         raise InputError(run.path, "holds no training", expected="a run directory with stage1/")
     for number in (1, 2):
         for facts in read_facts(run, number):
             yield from described(stage_status(facts))
+    if submitted:
+        yield from described_jobs(submitted, jobs.states([job.id for job in submitted]), time.time())
 
 
 def read_facts(run: RunDirectory, number: int) -> list[StageFacts]:

@@ -7,6 +7,7 @@ chose; the refit has no validation of its own, and a refitted flow stands around
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainer.progress import listening, say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.heartbeat import Heartbeat
+from trainer.run.jobs import other_code
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import shapes_of
@@ -76,11 +78,20 @@ def _train_stage(job: Job, number: int) -> None:
         job.say(f"Stage {number} is finished: {directory.path}")
         return
     hosts = processes.gather_objects(processes.host)
-    facts = {"world": processes.world, "launcher": processes.launcher, "hosts": hosts}
-    start = processes.first(lambda: directory.begin(job.config.to_yaml(), **facts))
+    start = processes.first(lambda: _begin(job, directory, hosts))
     with Heartbeat(directory.path, start) if processes.is_main else nullcontext() as heartbeat:
         watch = Watch(job.stop, heartbeat, job.watchdog)
         (train_stage1 if number == 1 else train_stage2)(job, directory, watch)
+
+
+def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
+    """Write down who starts, with which code and configuration; returns the number of the start."""
+    facts = {"world": job.processes.world, "launcher": job.processes.launcher, "hosts": hosts}
+    start = directory.begin(job.config.to_yaml(), **facts)
+    warning = other_code(job.run.path)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    return start
 
 
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
