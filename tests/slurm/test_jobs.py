@@ -1,0 +1,228 @@
+"""What happens to jobs of a real cluster: time limits, preemption, kills, lost nodes, mistakes, and sites without requeue.
+
+Starts cost far more than steps, so several things happen to one job, and what can run side by side does. Whatever
+happened to a training, its weights are those of one that was left alone, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.lab import ROOT, Cluster
+from trainer.run.directory import RunDirectory
+
+pytestmark = pytest.mark.slow
+
+STEPS, EVERY = 160, 40
+SETTINGS = {"FMRI_FLOW_CODE": str(ROOT), "FMRI_FLOW_PYTHON": sys.executable}
+OPTIONS = [
+    "deterministic=true", f"num_samples={4 * STEPS}", "stage1.epochs=1", "log_every=4", "tracker=none",
+    f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=1000", "timeout_s=120",
+]  # fmt: skip
+HOOK = """
+import os, sys, time
+if "trainer.cluster.task" in sys.orig_argv and "train" in sys.orig_argv:
+    from trainer.training.loop import Training
+    def learn(self, batches, learn=Training._learn):
+        time.sleep(0.04)
+        if self.step == int(os.environ.get("RAISE_AT", -1)) and self.processes.rank == 1:
+            raise ValueError("a mistake of ours")
+        learn(self, batches)
+    Training._learn = learn
+"""
+"""Lets no machine train faster than things can happen to it, and makes a rank raise; as sitecustomize.py."""
+
+
+class Plain:
+    """A run whose jobs are the plain scripts, and what happens to it."""
+
+    def __init__(self, cluster: Cluster, run: Path, shards: Path) -> None:
+        self.cluster, self.run, self.shards = cluster, run, shards
+        self.hook = run.with_name(f"{run.name}.hook")
+        self.hook.mkdir()
+        (self.hook / "sitecustomize.py").write_text(HOOK)
+        self.stage = RunDirectory(run).stage(1)
+
+    def train(self, *options: str, limit: int = 3, **settings: str) -> str:
+        """Submit stage 1; returns the job's number."""
+        config = ["--config", str(ROOT / "configs" / "debug.yaml"), f"data.shards={self.shards}", *OPTIONS]
+        return self._submit("stage1", options, config, FMRI_FLOW_RULES=f"--max-requeues {limit}", **settings)
+
+    def evaluate(self) -> str:
+        """Submit a worker for stage 1; returns the job's number."""
+        return self._submit("evaluate", ["--nodes=1"], ["--stage", "1"])
+
+    def _submit(self, name: str, options: object, arguments: list[str], **settings: str) -> str:
+        logs = self.run / "slurm"
+        logs.mkdir(parents=True, exist_ok=True)
+        files = [f"--output={logs}/%j_0_log.out", f"--error={logs}/%j_0_log.err", "--cpus-per-task=1", "--time=60"]
+        script = ROOT / "slurm" / f"{name}.sbatch"
+        settings |= {**SETTINGS, "PYTHONPATH": str(self.hook)}
+        job = self.cluster.sbatch(*files, *options, script, "--run", self.run, *arguments, **settings)
+        self.cluster.run(sys.executable, "-m", "trainer.run.jobs", "record", self.run, f"{NAMES[name]}={job}")
+        return job
+
+    def reaches(self, step: int, job: str) -> None:
+        """Wait until the training has done a step."""
+
+        def reached() -> bool:
+            lines = self.stage.read_metrics()
+            return bool(lines) and lines[-1]["step"] >= step
+
+        self.cluster.wait_for(reached, f"step {step}", 240, job)
+
+    def restarts(self, job: str, number: int) -> None:
+        """Wait until SLURM has taken the job back into its queue for the `number`-th time."""
+        count = str(number)
+        self.cluster.wait_for(lambda: self.cluster.facts(job)["Restarts"] == count, f"restart {count}", 120, job)
+
+    def kill(self, job: str, restart: int, rank: int) -> None:
+        """SIGKILL for one task."""
+        os.kill(self.record(job, restart, rank)["pid"], signal.SIGKILL)
+
+    def record(self, job: str, restart: int, rank: int) -> Mapping[str, int]:
+        """What a task said of itself."""
+        return dict(json.loads((self.run / "slurm" / job / "tasks" / f"{restart}.{rank}.json").read_text()))
+
+    def ends(self, job: str) -> list[str]:
+        """How the starts of a job ended, as far as its batch script came to say it."""
+        paths = sorted((self.run / "slurm" / job / "ends").glob("*.json"))
+        return [json.loads(path.read_text())["verdict"] for path in paths]
+
+    def log(self, job: str) -> str:
+        """What the batch script and task 0 wrote to stderr."""
+        return (self.run / "slurm" / f"{job}_0_log.err").read_text()
+
+    def steps(self) -> set[int]:
+        """The steps of all checkpoints."""
+        return {int(path.name.removeprefix("step_")) for path in self.stage.checkpoints.glob("step_*")}
+
+    def weights(self) -> bytes:
+        """Of the last step."""
+        return (self.stage.checkpoints / f"step_{STEPS:08d}" / "model.safetensors").read_bytes()
+
+
+NAMES = {"stage1": "stage1", "evaluate": "evaluate1"}
+WORLDS = {2: ("--nodes=2", "--ntasks-per-node=1"), 4: ("--nodes=2", "--ntasks-per-node=2")}
+
+
+@pytest.fixture(scope="module")
+def alone(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[int, Plain]:
+    """Trainings on 2 and on 4 ranks that nothing happens to."""
+    runs = {n: Plain(cluster, tmp_path_factory.mktemp("alone") / str(n), tiny_shards) for n in WORLDS}
+    jobs = [run.train(*WORLDS[n]) for n, run in runs.items()]
+    for job in jobs:
+        cluster.wait_for_state(job, "COMPLETED")
+    return runs
+
+
+@pytest.fixture
+def plain(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> Plain:
+    """A run of its own."""
+    return Plain(cluster, tmp_path / "run", tiny_shards)
+
+
+def saved_at(plain: Plain, job: str) -> int:
+    """The step at which the training last ended on SIGUSR2."""
+    return int(re.findall(r"SIGUSR2 at step (\d+); the checkpoint is written", plain.log(job))[-1])
+
+
+def test_a_signal_and_a_kill_are_survived_by_the_training_and_its_worker(
+    cluster: Cluster, plain: Plain, alone: Mapping[int, Plain]
+) -> None:
+    job, worker = plain.train(*WORLDS[2], limit=1), plain.evaluate()
+    plain.reaches(20, job)
+    cluster.run("scancel", "--signal=USR2", job)
+    plain.restarts(job, 1)
+    step = saved_at(plain, job)
+    assert plain.steps() == {saved for saved in alone[2].steps() if saved <= step} | {step}, "exactly one more"
+    plain.reaches(2 * EVERY + 8, job)
+    plain.kill(job, restart=1, rank=1)
+    plain.restarts(job, 2)
+    cluster.wait_for_state(worker, "RUNNING")
+    plain.kill(worker, restart=0, rank=0)
+    cluster.wait_for_state(job, "COMPLETED")
+    assert plain.weights() == alone[2].weights()
+    assert plain.steps() == alone[2].steps() | {step}
+    starts = [json.loads((plain.stage.path / "starts" / f"{n}.json").read_text()) for n in (1, 2, 3)]
+    assert [start["slurm"].get("SLURM_RESTART_COUNT", "0") for start in starts] == ["0", "1", "2"]
+    assert plain.ends(job) == ["interrupted", "killed", "done"]
+    assert "killed (1 of at most 1 times); requeued" in plain.log(job)
+    assert plain.record(job, 0, 0)["status"] == plain.record(job, 0, 1)["status"] == 128 + signal.SIGUSR2
+    assert plain.record(job, 1, 1)["status"] is None, "it had no time to say anything"
+
+    cluster.wait_for_state(worker, "COMPLETED")
+    assert plain.ends(worker) == ["killed", "done"]
+    scored = {score["step"] for score in plain.stage.read_scores() if score["set"] == "test"}
+    assert scored == plain.steps()
+
+
+def test_preemption_is_survived(cluster: Cluster, plain: Plain, alone: Mapping[int, Plain]) -> None:
+    job = plain.train(*WORLDS[4])
+    plain.reaches(20, job)
+    urgent = cluster.submit("urgent", ["sleep 1"], "--partition=urgent", "--nodes=2", "--exclusive")
+    cluster.wait_for_state(urgent, "RUNNING", "COMPLETED")
+    assert cluster.facts(job)["Restarts"] == "1"
+    step = saved_at(plain, job)
+    assert plain.steps() == {saved for saved in alone[4].steps() if saved <= step} | {step}, "exactly one more"
+    cluster.wait_for_state(job, "COMPLETED")
+    assert plain.weights() == alone[4].weights()
+    assert plain.steps() == alone[4].steps() | {step}
+    last = json.loads((plain.stage.path / "starts" / "2.json").read_text())
+    assert last["world"] == 4 and last["slurm"]["SLURM_RESTART_COUNT"] == "1"
+
+
+def test_an_error_of_ones_own_is_not_tried_again_nor_a_kill_without_end(
+    cluster: Cluster, tiny_shards: Path, tmp_path: Path
+) -> None:
+    mistaken, killed = (Plain(cluster, tmp_path / name, tiny_shards) for name in ("mistaken", "killed"))
+    of_mistake = mistaken.train(*WORLDS[2], RAISE_AT="20")
+    of_kill = killed.train("--nodes=1", limit=0)
+    killed.reaches(20, of_kill)
+    killed.kill(of_kill, restart=0, rank=0)
+    cluster.wait_for_state(of_kill, "FAILED")
+    assert "error: killed once, which is more often than max_requeues=0 allows" in killed.log(of_kill)
+    cluster.wait_for_state(of_mistake, "FAILED")
+    assert cluster.facts(of_mistake)["ExitCode"] == "1:0"
+    assert "task 1 of 2 on n2 ended with status 1: ValueError: a mistake of ours" in mistaken.log(of_mistake)
+    assert "error: failed, and is not tried again" in mistaken.log(of_mistake)
+    assert mistaken.record(of_mistake, 0, 0)["status"] in (None, 75), "it lost the other one, or was killed with it"
+    assert {cluster.facts(job)["Restarts"] for job in (of_mistake, of_kill)} == {"0"}
+
+
+def test_a_lost_node_is_survived_and_a_cancelled_job_stays_so(cluster: Cluster, plain: Plain) -> None:
+    job = plain.train("--nodes=1", "--nodelist=n2")
+    plain.reaches(EVERY + 4, job)
+    cluster.scontrol("update", "nodename=n2", "state=down", "reason=test")
+    try:
+        plain.restarts(job, 1)
+    finally:
+        cluster.scontrol("update", "nodename=n2", "state=resume")
+    saved = (plain.stage.checkpoints / f"step_{EVERY:08d}" / "meta.json").stat().st_mtime_ns
+    plain.reaches(2 * EVERY + 4, job)
+    assert (plain.stage.checkpoints / f"step_{EVERY:08d}" / "meta.json").stat().st_mtime_ns == saved
+    before = plain.steps()
+    cluster.run("scancel", job)
+    cluster.wait_for_state(job, "CANCELLED")
+    cluster.wait_for(lambda: cluster.squeue("--jobs", job, "--format=%t") == ["CA"], "its end", 60, job)
+    assert len(plain.steps() - before) == 1, "scancel leaves time to save"
+    assert cluster.facts(job)["Restarts"] == "1"
+
+
+def test_without_requeue_the_links_finish_the_run_after_a_time_limit(
+    cluster: Cluster, plain: Plain, tiny_shards: Path
+) -> None:
+    config = [str(ROOT / "configs" / "debug.yaml"), "--run", str(plain.run), f"data.shards={tiny_shards}"]
+    submit = ["bash", str(ROOT / "slurm" / "submit.sh"), "--config", *config, "stage1.epochs=100", "stage1.patience=100"]
+    submit += ["--no-requeue", "--max-requeues", "3"]
+    said = cluster.run(*submit, SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="USR2@20", **SETTINGS).stdout
+    jobs = dict(re.findall(r"(\w+): job (\d+)", "\n".join(reversed(said.splitlines()))))
+    assert list(jobs) and said
