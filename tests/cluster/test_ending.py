@@ -8,14 +8,24 @@ import signal
 import stat
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from trainer.cluster.ending import EX_LOST, WISHES, Rules, Start, main, step_after, verdict, why_not_to_begin
+from trainer.cluster.ending import (
+    EX_LOST,
+    IDLE_STARTS,
+    WISHES,
+    Rules,
+    Start,
+    main,
+    step_after,
+    verdict,
+    why_not_to_begin,
+)
 from trainer.cluster.records import Record, folder_of, read_end, write_end
 from trainer.run.files import write_json
 
@@ -72,7 +82,9 @@ def test_tasks_that_all_end_alike(statuses: tuple[int, ...], said: str) -> None:
     assert verdict(ended(*statuses)) == said
 
 
-@pytest.mark.parametrize(("status", "said"), [(0, "done"), (1, "failed"), (127, "failed"), (137, "killed"), (None, "killed")])
+@pytest.mark.parametrize(
+    ("status", "said"), [(0, "done"), (1, "failed"), (127, "failed"), (137, "killed"), (None, "killed")]
+)
 def test_without_records_the_status_of_srun_is_all_there_is(status: int | None, said: str) -> None:
     assert verdict([], status) == said
 
@@ -105,7 +117,7 @@ def test_a_job_begins_unless_it_failed_or_was_killed_too_often(verdicts: list[st
 SCONTROL = """#!/bin/sh
 echo "$@" >> {asked}
 case $1 in
-    show) echo "JobId=12 JobState={state} Reason=None" ;;
+    show) echo "JobId=12 JobState={state} Dependency=(null)" ;;
     requeue) {requeue} ;;
 esac
 """
@@ -127,12 +139,14 @@ class Job:
         self._monkeypatch.setenv("SLURM_RESTART_COUNT", str(times))
 
     def scontrol(self, *, state: str = "RUNNING", requeue: str = "true") -> None:
+        """Put it in its place: it says a state, with a reason where there is one, and answers requests."""
         path = self._bin / "scontrol"
         path.write_text(SCONTROL.format(asked=shlex.quote(str(self.asked)), state=state, requeue=requeue))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
-    def tasks(self, *statuses: int | None, restart: int = 0, job: str = "12") -> None:
+    def tasks(self, *statuses: int | None, restart: int = 0, job: str = "12", idle: bool = False) -> None:
         for record in ended(*statuses):
+            record = replace(record, idle=idle)
             write_json(folder_of(self.run, job) / "tasks" / f"{restart}.{record.rank}.json", asdict(record))
 
     def begin(self, *rules: str) -> int:
@@ -161,12 +175,20 @@ def test_an_interrupted_job_is_requeued_once(job: Job, capsys: pytest.CaptureFix
     assert read_end(job.run, "12", 0)["verdict"] == "interrupted"
 
 
-def test_a_cancelled_job_is_not_requeued(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
-    job.scontrol(state="CANCELLED")
+def test_a_job_that_ran_into_its_time_limit_is_requeued(job: Job) -> None:
+    job.scontrol(state="COMPLETING Reason=TimeLimit")
+    job.tasks(143)
+    job.end(143)
+    assert job.was_asked() == ["show job -o 12", "requeue 12"]
+
+
+@pytest.mark.parametrize("state", ["CANCELLED Reason=None", "COMPLETING Reason=None"])
+def test_a_cancelled_job_is_not_requeued(job: Job, capsys: pytest.CaptureFixture[str], state: str) -> None:
+    job.scontrol(state=state)
     job.tasks(143)
     assert job.end(0) == EX_LOST
     assert job.was_asked() == ["show job -o 12"]
-    assert "interrupted; cancelled, so it is not requeued." in capsys.readouterr().err
+    assert "interrupted; SLURM is ending it (cancelled?), so it is not requeued." in capsys.readouterr().err
 
 
 def test_a_failed_job_says_which_task_and_keeps_its_status(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +211,19 @@ def test_kills_of_all_starts_count(job: Job, capsys: pytest.CaptureFixture[str])
     assert job.was_asked()[-1] == "requeue 12"
     assert job.end(137, "--max-requeues", "1") == 1
     assert "error: killed 2 times, which is more often than max_requeues=1 allows" in capsys.readouterr().err
+
+
+def test_a_job_that_is_always_asked_to_end_before_it_trains_is_not_requeued_for_ever(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.scontrol()
+    for restart, idle in enumerate([True, True, False, *[True] * IDLE_STARTS]):
+        job.restarted(restart)
+        job.tasks(USR2, restart=restart, idle=idle)
+        last = job.end(0)
+        assert last == (1 if restart == IDLE_STARTS + 2 else EX_LOST)
+    assert len([asked for asked in job.was_asked() if asked == "requeue 12"]) == IDLE_STARTS + 2
+    assert "error: asked to end 5 times in a row before anything was trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -230,7 +265,7 @@ def test_nothing_is_begun_where_the_stage_is_finished_or_an_earlier_link_has_don
 ) -> None:
     assert job.begin() == 0
     assert capsys.readouterr().out == "", "no nodes are known, so there is nowhere to meet"
-    write_end(job.run, "11", 0, verdict="done", status=0)
+    write_end(job.run, "11", 0, verdict="done", status=0, idle=False)
     assert job.begin("--link", "2", "--links", "2", "--earlier", "11") == 0
     told = capsys.readouterr()
     assert told.out == "exit 0\n" and "nothing to do: job 11 has done it." in told.err
@@ -242,7 +277,7 @@ def test_nothing_is_begun_where_the_stage_is_finished_or_an_earlier_link_has_don
 def test_nothing_is_begun_after_a_failure_of_an_earlier_link_or_too_many_kills(
     job: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_end(job.run, "11", 0, verdict="failed", status=2)
+    write_end(job.run, "11", 0, verdict="failed", status=2, idle=False)
     assert job.begin("--link", "2", "--links", "2", "--earlier", "11") == 0
     told = capsys.readouterr()
     assert told.out == "exit 1\n" and "error: job 11 ended by an error of its own (status 2)" in told.err
@@ -261,7 +296,11 @@ def test_the_batch_script_evaluates_what_begin_prints(job: Job, tmp_path: Path) 
     python.chmod(0o755)
     script = f'. {ROOT}/slurm/job.sh; job_begin --name "a b"; kill -USR2 $$; echo "at $MASTER_ADDR"; job_end 3'
     for answer, status, said in (
-        ("export MASTER_ADDR='n 1' MASTER_PORT=7\n", 7, "at n 1\n-m trainer.cluster.ending end --status 3 --name a b\n"),
+        (
+            "export MASTER_ADDR='n 1' MASTER_PORT=7\n",
+            7,
+            "at n 1\n-m trainer.cluster.ending end --status 3 --name a b\n",
+        ),
         ("exit 0\n", 0, ""),
         ("exit 1\n", 1, ""),
     ):

@@ -1,4 +1,4 @@
-"""A task of a job: its record at every end, signals outside of the training, and who is at fault when ranks are lost."""
+"""A task of a job: its record at every end, signals outside of the training, and who is at fault when one is lost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def raises(error: BaseException) -> Callable[[list[str]], int]:
     return command
 
 
-CLOSED = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+CLOSED = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]"
+)
 USR2 = 128 + signal.SIGUSR2
 
 

@@ -1,4 +1,4 @@
-"""What happens to jobs of a real cluster: time limits, preemption, kills, lost nodes, mistakes, and sites without requeue.
+"""What happens to jobs of a real cluster: time limits, preemption, kills, lost nodes, mistakes, sites without requeue.
 
 Starts cost far more than steps, so several things happen to one job, and what can run side by side does. Whatever
 happened to a training, its weights are those of one that was left alone, to the bit.
@@ -11,11 +11,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.packages import need_command
 from tests.slurm.lab import ROOT, Cluster
 from trainer.run.directory import RunDirectory
 
@@ -32,7 +34,8 @@ import os, sys, time
 if "trainer.cluster.task" in sys.orig_argv and "train" in sys.orig_argv:
     from trainer.training.loop import Training
     def learn(self, batches, learn=Training._learn):
-        time.sleep(0.04)
+        slow = time.time() < float(os.environ.get("SLOW_UNTIL", 0))
+        time.sleep(1 if slow else 0.04)
         if self.step == int(os.environ.get("RAISE_AT", -1)) and self.processes.rank == 1:
             raise ValueError("a mistake of ours")
         learn(self, batches)
@@ -49,24 +52,29 @@ class Plain:
         self.hook = run.with_name(f"{run.name}.hook")
         self.hook.mkdir()
         (self.hook / "sitecustomize.py").write_text(HOOK)
+        self.settings = {**SETTINGS, "PYTHONPATH": str(self.hook)}
         self.stage = RunDirectory(run).stage(1)
 
     def train(self, *options: str, limit: int = 3, **settings: str) -> str:
         """Submit stage 1; returns the job's number."""
-        config = ["--config", str(ROOT / "configs" / "debug.yaml"), f"data.shards={self.shards}", *OPTIONS]
-        return self._submit("stage1", options, config, FMRI_FLOW_RULES=f"--max-requeues {limit}", **settings)
+        rules = f"--max-requeues {limit} --requeue yes"
+        return self._submit("stage1", options, self.configured(), FMRI_FLOW_RULES=rules, **settings)
+
+    def configured(self) -> list[str]:
+        """What every training here is told."""
+        return ["--config", str(ROOT / "configs" / "debug.yaml"), f"data.shards={self.shards}", *OPTIONS]
 
     def evaluate(self) -> str:
         """Submit a worker for stage 1; returns the job's number."""
         return self._submit("evaluate", ["--nodes=1"], ["--stage", "1"])
 
-    def _submit(self, name: str, options: object, arguments: list[str], **settings: str) -> str:
+    def _submit(self, name: str, options: Sequence[str], arguments: list[str], **settings: str) -> str:
         logs = self.run / "slurm"
         logs.mkdir(parents=True, exist_ok=True)
         files = [f"--output={logs}/%j_0_log.out", f"--error={logs}/%j_0_log.err", "--cpus-per-task=1", "--time=60"]
         script = ROOT / "slurm" / f"{name}.sbatch"
-        settings |= {**SETTINGS, "PYTHONPATH": str(self.hook)}
-        job = self.cluster.sbatch(*files, *options, script, "--run", self.run, *arguments, **settings)
+        command = [*files, *options, script, "--run", self.run, *arguments]
+        job = self.cluster.sbatch(*command, **self.settings, **settings)
         self.cluster.run(sys.executable, "-m", "trainer.run.jobs", "record", self.run, f"{NAMES[name]}={job}")
         return job
 
@@ -217,12 +225,65 @@ def test_a_lost_node_is_survived_and_a_cancelled_job_stays_so(cluster: Cluster, 
     assert cluster.facts(job)["Restarts"] == "1"
 
 
-def test_without_requeue_the_links_finish_the_run_after_a_time_limit(
-    cluster: Cluster, plain: Plain, tiny_shards: Path
-) -> None:
-    config = [str(ROOT / "configs" / "debug.yaml"), "--run", str(plain.run), f"data.shards={tiny_shards}"]
-    submit = ["bash", str(ROOT / "slurm" / "submit.sh"), "--config", *config, "stage1.epochs=100", "stage1.patience=100"]
-    submit += ["--no-requeue", "--max-requeues", "3"]
-    said = cluster.run(*submit, SBATCH_TIMELIMIT="1", SBATCH_SIGNAL="USR2@20", **SETTINGS).stdout
-    jobs = dict(re.findall(r"(\w+): job (\d+)", "\n".join(reversed(said.splitlines()))))
-    assert list(jobs) and said
+def test_where_requeue_is_forbidden_the_links_finish_the_run_after_a_time_limit(cluster: Cluster, plain: Plain) -> None:
+    arguments = [*plain.configured(), "--run", str(plain.run), "stage2.max_steps=4", "stage2.cross_fit=0"]
+    submit = ["bash", "slurm/submit.sh", "--no-requeue", "--max-requeues", "3", *arguments]
+    limits = {"SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "USR2@20"}
+    said = cluster.run(*submit, **limits, **plain.settings, SLOW_UNTIL=str(time.time() + 60)).stdout
+    jobs = [(name, job) for name, job in re.findall(r"^(\w+): job (\d+)", said, re.MULTILINE)]
+    assert [name for name, _ in jobs] == [
+        *["stage1"] * 3,
+        *["evaluate1"] * 3,
+        *["stage2"] * 3,
+        *["evaluate2"] * 3,
+        "report",
+    ]
+    for _, job in jobs[1:]:
+        cluster.scontrol("update", f"jobid={job}", "timelimit=60")
+    assert "stage2: running already" in cluster.run(*submit, **plain.settings).stdout
+
+    cluster.wait_for_state(jobs[-1][1], "COMPLETED")
+    first, second, third = (job for name, job in jobs if name == "stage1")
+    assert cluster.state(first) == "FAILED" and plain.ends(first) == ["interrupted"]
+    assert "interrupted, and may not be requeued; link 2 of 3 goes on" in plain.log(first)
+    assert {cluster.state(job) for _, job in jobs[1:]} == {"COMPLETED"}
+    assert plain.ends(second) == ["done"] and plain.ends(third) == []
+    assert f"nothing to do: {plain.stage.path / 'finished.json'} is there" in plain.log(third)
+    for number in (1, 2):
+        stage = RunDirectory(plain.run).stage(number)
+        assert stage.finished() is not None
+        steps = {int(path.name.removeprefix("step_")) for path in stage.checkpoints.glob("step_*")}
+        assert {score["step"] for score in stage.read_scores() if score["set"] == "test"} == steps
+    assert (plain.run / "report.html").exists()
+    assert "stage1: finished already" in cluster.run(*submit, **plain.settings).stdout
+
+
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+
+
+def test_the_scripts_are_what_bash_and_sbatch_expect(cluster: Cluster) -> None:
+    shellcheck = need_command("shellcheck", "shellcheck")
+    assert len(SCRIPTS) == 5
+    cluster.run(shellcheck, *SCRIPTS, *(ROOT / "slurm").glob("*.sh"))
+    for script in SCRIPTS:
+        cluster.run("sbatch", "--test-only", script, "--run", "output/run")
+
+
+def test_mistakes_are_found_before_anything_is_submitted(cluster: Cluster, plain: Plain) -> None:
+    def refused(*arguments: str, **settings: str) -> str:
+        command = ["bash", "slurm/submit.sh", "--run", str(plain.run), *plain.configured(), *arguments]
+        done = cluster.run(*command, check=False, **{**SETTINGS, **settings})
+        assert done.returncode in (1, 2) and not done.stdout
+        return done.stderr
+
+    assert "stage1.layers: unknown key" in refused("stage1.layers=3")
+    assert "--stage: no such option" in refused("--stage", "1")
+    assert "train: expected key=value" in refused("train")
+    said = refused(SBATCH_PARTITION="nowhere")
+    assert "Invalid partition name" in said and "error: stage1 was not submitted" in said and "partition?" in said
+    path = plain.run.parent / "bin"
+    path.mkdir()
+    for name in ("bash", "dirname"):
+        (path / name).symlink_to(need_command(name, name))
+    assert "error: sbatch: not found: expected a login node" in refused(PATH=str(path))
+    assert not (plain.run / "slurm" / "jobs.json").exists()
