@@ -206,12 +206,27 @@ def test_an_error_of_ones_own_is_not_tried_again_nor_a_kill_without_end(
     assert {cluster.facts(job)["Restarts"] for job in (of_mistake, of_kill)} == {"0"}
 
 
+def managers(job: str) -> list[Path]:
+    """The processes of SLURM that run a job on its nodes."""
+    title = f"slurmstepd: [{job}.".encode()
+    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if begins_with(path, title)]
+
+
+def begins_with(path: Path, title: bytes) -> bool:
+    try:
+        return path.read_bytes().startswith(title)
+    except OSError:
+        return False
+
+
 def test_a_lost_node_is_survived_and_a_cancelled_job_stays_so(cluster: Cluster, plain: Plain) -> None:
     job = plain.train("--nodes=1", "--nodelist=n2")
     plain.reaches(EVERY + 4, job)
-    cluster.scontrol("update", "nodename=n2", "state=down", "reason=test")
+    for state in ("down", "drain"):  # lost, and not back as soon as it answers
+        cluster.scontrol("update", "nodename=n2", f"state={state}", "reason=test")
     try:
         plain.restarts(job, 1)
+        cluster.wait_for(lambda: not managers(job), "the end of what ran on the node", 120, job)
     finally:
         cluster.scontrol("update", "nodename=n2", "state=resume")
     saved = (plain.stage.checkpoints / f"step_{EVERY:08d}" / "meta.json").stat().st_mtime_ns
@@ -242,7 +257,7 @@ def test_where_requeue_is_forbidden_the_links_finish_the_run_after_a_time_limit(
         cluster.scontrol("update", f"jobid={job}", "timelimit=60")
     assert "stage2: running already" in cluster.run(*submit, **plain.settings).stdout
 
-    cluster.wait_for_state(jobs[-1][1], "COMPLETED")
+    cluster.wait_for_state(jobs[-1][1], "COMPLETED", seconds=900)
     first, second, third = (job for name, job in jobs if name == "stage1")
     assert cluster.state(first) == "FAILED" and plain.ends(first) == ["interrupted"]
     assert "interrupted, and may not be requeued; link 2 of 3 goes on" in plain.log(first)

@@ -4,7 +4,7 @@
 
 submitit calls a pickled `Task`. Both come to `trainer.cli.main(argv)` in this process, whose signal handlers are
 installed after ours and submitit's. A task that a signal interrupted leaves with status 0: srun, which ends all when
-one fails, lets the others save. What is to become of the job is then the batch script's to say (`trainer.cluster.ending`).
+one fails, lets the others save. What is to become of the job is then the batch script's to say (see `ending`).
 """
 
 from __future__ import annotations
