@@ -4,8 +4,8 @@
     python -m trainer.cluster.ending end --status N --run RUN ...          requeues the job, or says why it does not
 
 How a start of a job ended follows from the records of its tasks (`verdict`), and what is to be done from that
-(`step_after`): one that a signal interrupted goes on, as often as it happens; one that was killed is tried again at most
-`max_requeues` times; one that failed by an error of its own is never tried again. No torch: this runs in a moment.
+(`step_after`): one that a signal interrupted goes on, as often as it happens; one that was killed is tried again at
+most `max_requeues` times; one that failed by an error of its own is never tried again. No torch: this runs in a moment.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ EX_LOST = os.EX_TEMPFAIL
 WISHES = tuple(128 + int(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
 """The statuses of a task that a signal of SLURM's asked to end, and that did so at a step boundary."""
 ASK_SECONDS = 60
+IDLE_STARTS = 5
+"""So many starts in a row may be asked to end before they have trained anything; their time may be too short."""
 
 
 def verdict(records: Sequence[Record], status: int | None = None) -> Verdict:
@@ -71,6 +73,7 @@ class Start:
     restart: int
     verdict: Verdict
     status: int | None = None
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Step:
     says: str = ""
 
 
-def step_after(rules: Rules, ended: Verdict, status: int, killed: int) -> Step:
+def step_after(rules: Rules, ended: Verdict, status: int, killed: int, idle: int = 0) -> Step:
     """What follows from how a start of a job ended.
 
     Args:
@@ -139,6 +142,7 @@ def step_after(rules: Rules, ended: Verdict, status: int, killed: int) -> Step:
         ended: how.
         status: of the task that failed, or of srun.
         killed: how often the job was killed so far, this time included.
+        idle: how many starts in a row, with this one, were interrupted before anything was trained.
     """
     if ended == "done":
         return Step(False, 0)
@@ -146,6 +150,10 @@ def step_after(rules: Rules, ended: Verdict, status: int, killed: int) -> Step:
         return Step(False, status or 1, "failed, and is not tried again. Mend it and submit again: it continues")
     if ended == "killed" and killed > rules.max_requeues:
         return Step(False, 1, _killed_too_often(rules, killed))
+    if idle >= IDLE_STARTS:
+        return Step(
+            False, 1, f"asked to end {idle} times in a row before anything was trained: its --time may be too short"
+        )
     how = "interrupted" if ended == "interrupted" else f"killed ({killed} of at most {rules.max_requeues} times)"
     if rules.requeue:
         return Step(True, EX_LOST, how)
@@ -202,10 +210,21 @@ def _start(run: Path, job: str, restart: int) -> Start:
     """An earlier start: what its batch script said of it, else what its tasks did."""
     said = read_end(run, job, restart)
     if said is not None:
-        return Start(job, restart, said["verdict"], said["status"])
+        return Start(job, restart, said["verdict"], said["status"], said["idle"])
     records = read_records(run, job, restart)
     own = [record.status for record in records if is_own_error(record.status)]
-    return Start(job, restart, verdict(records), own[0] if own else None)
+    return Start(job, restart, verdict(records), own[0] if own else None, _is_idle(records))
+
+
+def _is_idle(records: Sequence[Record]) -> bool:
+    """Whether a signal came before anything was trained, for all tasks that it came to."""
+    wished = [record.idle for record in records if record.status in WISHES]
+    return bool(wished) and all(wished)
+
+
+def _idle_in_a_row(starts: Sequence[Start]) -> int:
+    """How many of the last starts were idle."""
+    return next((n for n, start in enumerate(reversed(starts)) if not start.idle), len(starts))
 
 
 def _begin(run: Path, place: Place, rules: Rules, starts: Sequence[Start], earlier: Sequence[str]) -> int:
@@ -245,11 +264,14 @@ def _end(run: Path, place: Place, rules: Rules, starts: Sequence[Start], status:
     failed = next((record for record in records if is_own_error(record.status)), None)
     if failed is not None and failed.status is not None:
         status = failed.status
-    write_end(run, place.job, place.restart, verdict=ended, status=status)
+    # a worker may well wait for long, and a report has nothing to go on from
+    idle = ended == "interrupted" and rules.name.startswith("stage") and _is_idle(records)
+    write_end(run, place.job, place.restart, verdict=ended, status=status, idle=idle)
+    starts = [*starts, Start(place.job, place.restart, ended, status, idle)]
     for record in records:
         if record.status != 0 and ended != "interrupted":
             _say(rules, place, _told(record))
-    step = step_after(rules, ended, status, _killed(starts) + (ended == "killed"))
+    step = step_after(rules, ended, status, _killed(starts), _idle_in_a_row(starts))
     if step.requeue:
         step = _requeue(rules, step)
     if step.says:
@@ -271,8 +293,8 @@ def _requeue(rules: Rules, step: Step) -> Step:
     job = os.environ["SLURM_JOB_ID"]
     try:
         state = _scontrol("show", "job", "-o", job)
-        if re.search(r"\bJobState=CANCELLED\b", state.stdout):
-            return Step(False, step.status, f"{step.says}; cancelled, so it is not requeued")
+        if is_cancelled(state.stdout):
+            return Step(False, step.status, f"{step.says}; SLURM is ending it (cancelled?), so it is not requeued")
         asked = _scontrol("requeue", job)
     except FileNotFoundError:
         return step_without_requeue(rules, f"{step.says}, and scontrol is missing on this node")
@@ -282,6 +304,16 @@ def _requeue(rules: Rules, step: Step) -> Step:
         refused = " ".join(asked.stderr.split())
         return step_without_requeue(rules, f"{step.says}, and SLURM does not requeue it ({refused})")
     return Step(True, step.status, f"{step.says}; requeued")
+
+
+def is_cancelled(told: str) -> bool:
+    """Whether SLURM is ending a job for good, from what `scontrol show job -o` says while its batch script still runs.
+
+    A job that is cancelled is then COMPLETING, as is one that has run into its time limit, which goes on.
+    """
+    found = dict(re.findall(r"\b(JobState|Reason)=(\w+)", told))
+    state, reason = found.get("JobState", ""), found.get("Reason", "")
+    return state == "CANCELLED" or (state == "COMPLETING" and reason != "TimeLimit")
 
 
 def _scontrol(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -55,7 +55,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Record:
-    """A task of a job: who it is and, once it has ended, its status (128 + the signal that asked it to) and why."""
+    """A task of a job: who it is and, once it has ended, its status (128 + the signal that asked it to) and why.
+
+    `idle` says that a signal came before or after all training: nothing was won by that start.
+    """
 
     rank: int
     tasks: int
@@ -65,6 +68,7 @@ class Record:
     ended: float | None = None
     status: int | None = None
     why: str = ""
+    idle: bool = False
 
     def __str__(self) -> str:
         return f"task {self.rank} of {self.tasks} on {self.host}"
@@ -92,9 +96,9 @@ class Diary:
         """Say that the task has begun."""
         self._write(self._record)
 
-    def end(self, status: int, why: str = "") -> None:
+    def end(self, status: int, why: str = "", *, idle: bool = False) -> None:
         """Say how it ends, before it does: once others notice, they may have it killed."""
-        self._write(replace(self._record, ended=time.time(), status=status, why=why))
+        self._write(replace(self._record, ended=time.time(), status=status, why=why, idle=idle))
 
     def _write(self, record: Record) -> None:
         if self._path is not None:

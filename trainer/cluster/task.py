@@ -3,8 +3,8 @@
     python -m trainer.cluster.task --run RUN --name stage1 -- train --config C --run RUN --stage 1 --resume
 
 submitit calls a pickled `Task`. Both come to `trainer.cli.main(argv)` in this process, whose signal handlers are
-installed after ours and submitit's. A task that a signal interrupted leaves with status 0: srun, which ends all when one
-fails, lets the others save. What is to become of the job is then the batch script's to say (`trainer.cluster.ending`).
+installed after ours and submitit's. A task that a signal interrupted leaves with status 0: srun, which ends all when
+one fails, lets the others save. What is to become of the job is then the batch script's to say (see `ending`).
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ def lost_the_others(error: BaseException | None) -> bool:
 
 @contextlib.contextmanager
 def _leaving_on_signals(diary: Diary) -> Iterator[None]:
-    """A signal before the trainer's own handlers are there, or after they are gone, ends the task at once, on record."""
+    """A signal before the trainer's own handlers are there, or after they are gone, ends it at once, on record."""
 
     def leave(number: int, _: FrameType | None) -> None:
-        diary.end(128 + number, f"{signal.Signals(number).name} while nothing was trained")
+        diary.end(128 + number, f"{signal.Signals(number).name} while nothing was trained", idle=True)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
