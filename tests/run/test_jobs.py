@@ -94,6 +94,7 @@ def test_sacct_is_asked_about_what_squeue_has_forgotten() -> None:
     [
         (slurm(), "squeue is not installed, sacct is not installed"),
         (slurm((0, "", "")), "SLURM does not know it"),
+        (slurm(sacct=(0, SACCT, "")), "squeue is not installed, sacct does not know it"),
         (slurm((1, "", FORGOTTEN), (1, "", "Slurm accounting storage is disabled\n")), "SLURM does not know it"),
         (
             slurm((1, "", UNREACHABLE)),

@@ -239,7 +239,7 @@ def _ask(ids: Sequence[str], run: Run) -> tuple[dict[str, JobState], str]:
     for id, state in read_sacct(recorded or "", missing).items():
         lost = listed is not None and state.state in _LIVE
         found[id] = JobState(reason=f"sacct alone says {state.state}") if lost else state
-    why = f"{no_squeue}, {no_sacct}".strip(", ") if listed is None else "SLURM does not know it"
+    why = "SLURM does not know it" if listed is not None else f"{no_squeue}, {no_sacct or 'sacct does not know it'}"
     trouble = no_squeue if no_squeue != _missing("squeue") and not found.keys() >= set(wanted) else ""
     return {id: found.get(id, JobState(reason=why)) for id in ids}, trouble
 
