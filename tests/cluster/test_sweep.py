@@ -20,7 +20,7 @@ from trainer.config import load_config
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory
-from trainer.run.files import read_json
+from trainer.run.files import read_json, write_json
 from trainer.strict import parse_yaml
 
 
@@ -152,6 +152,21 @@ def test_the_table_of_runs_on_disk_is_printed_aligned_and_written(debug_run: Pat
     assert rows[1][4].endswith("*") and rows[2][4] == ""
     assert [line.split() for line in lines[1:]] == [" ".join(filter(None, row)).split() for row in rows[1:]]
     assert len({line.index(row[1]) for line, row in zip(lines[1:3], rows[1:3], strict=True)}) == 1
+
+
+def test_a_refit_is_what_a_table_compares(tmp_path: Path, debug_config: Path) -> None:
+    stage = RunDirectory(tmp_path).stage(1)
+    stage.begin(load_config(debug_config).to_yaml())
+    stage.write_finished(step=8)
+    for part, name, step, r in (
+        (stage, "val", 4, 0.9),
+        (stage, "val", 8, 0.2),
+        (stage, "test", 8, 0.1),
+        (stage.refit, "test", 8, 0.3),
+    ):
+        score = {"set": name, "step": step, "estimate": "mean", "pearson_r": r}
+        write_json(part.scores / f"step_{step:08d}-{name}-mean.json", score)
+    assert sweep.read_scores(tmp_path).r == {(1, "val"): 0.2, (1, "test"): 0.3}
 
 
 def test_each_subject_that_is_trained_gets_a_run_in_all_sets(

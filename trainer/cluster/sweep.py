@@ -194,7 +194,7 @@ class Scores:
     Attributes:
         name: of its folder.
         config: None where nothing of it has begun.
-        r: (stage, set) -> Pearson's r of the chosen checkpoint's mean, of the best so far where the stage still runs.
+        r: (stage, set) -> Pearson's r of the chosen checkpoint's mean, or of the best so far where the stage runs.
         ended: the stages that have finished.
     """
 
@@ -229,11 +229,12 @@ def read_scores(run: Path) -> Scores:
 
 
 def _chosen(stage: StageDirectory, config: Config) -> dict[str, float | None]:
+    """Set -> r of the chosen step; what was trained again for so many steps takes the place of what chose them."""
     scores = list(stage.read_scores())
     finished = stage.finished()
     step = finished["step"] if finished else checkpoint.best_step(scores, config.val_set_name)
-    means = [score for score in scores if score["estimate"] == "mean" and score["step"] == step]
-    return {score["set"]: score["pearson_r"] for score in means}
+    means = [score for score in (*scores, *stage.refit.read_scores()) if score["estimate"] == "mean"]
+    return {score["set"]: score["pearson_r"] for score in means if score["step"] == step}
 
 
 def rows_of(found: Sequence[Scores]) -> Iterator[list[str]]:
