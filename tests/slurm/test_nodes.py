@@ -1,6 +1,6 @@
 """Over the nodes of a real cluster: MPI builds the same bytes, and every launcher trains to the losses of one process.
 
-Starts cost far more than the few steps of training: all launches share one job, and two of the three train stage 1 only.
+Starts cost far more than the few steps: all launches share one job, and two of the three train stage 1 only.
 """
 
 from __future__ import annotations
