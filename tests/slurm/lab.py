@@ -155,6 +155,15 @@ class Cluster:
 
         return str(self.wait_for(reached, f"job {job} to be {' or '.join(states)}", seconds, [job]))
 
+    def clear(self) -> None:
+        """Cancel all jobs and wait until they are gone."""
+
+        def idle() -> bool:
+            self.run("scancel", "--quiet", "--user=root", check=False)
+            return not self.run("squeue", "--noheader").stdout
+
+        self.wait_for(idle, "an empty queue")
+
     def report(self, *jobs: str) -> str:
         """The queue, and of each job what Slurm knows and the ends of its logs: for a person who repairs a test."""
         told = ["\n".join(self.squeue())]

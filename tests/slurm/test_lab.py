@@ -40,6 +40,14 @@ def test_a_wait_in_vain_shows_what_the_job_said(cluster: Cluster) -> None:
         cluster.wait_for(lambda: False, "the moon", 0, [job])
 
 
+def test_clear_leaves_no_job_to_the_next_module(cluster: Cluster) -> None:
+    running = cluster.submit("lasting", ["sleep 3600"])
+    waiting = cluster.submit("waiting", ["true"], f"--dependency=afterok:{running}")
+    cluster.wait_for_state(running, "RUNNING")
+    cluster.clear()
+    assert [cluster.state(job) for job in (running, waiting)] == ["CANCELLED", "CANCELLED"]
+
+
 def test_the_script_passes_shellcheck() -> None:
     command = [need_command("shellcheck", "shellcheck"), SCRIPT]
     checked = subprocess.run(command, capture_output=True, text=True)
