@@ -10,7 +10,7 @@ import pytest
 
 def need_command(command: str, package: str) -> str:
     """The path of a command of a Debian package."""
-    path = shutil.which(command)
+    path = shutil.which(command, path=f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin")
     if path is None:
         reason = f"{command} is missing (Debian package {package}; `tools/test.sh --system` installs it)"
         if os.environ.get("FMRI_FLOW_SYSTEM"):

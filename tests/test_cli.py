@@ -53,6 +53,8 @@ def test_a_run_directory_holds_all_there_is_to_know(debug_run: Path) -> None:
         assert any(name.startswith("checkpoints/step_") and name.endswith("meta.json") for name in files)
         assert any(name.startswith("scores/") for name in files)
         assert not [name for name in files if "/." in name or name.startswith(".")]
+        start = json.loads((debug_run / stage / "starts" / "1.json").read_text())
+        assert (start["world"], start["hosts"]) == (1, [start["host"]])
     assert {path.name for path in debug_run.glob("*.png")} == {"curves.png", "stage1_r.png", "stage2_r.png"}
 
 

@@ -1,9 +1,10 @@
-# Sourced by test.sh: installs the Debian packages whose commands are missing. Usage: install_commands COMMAND ...
-# (each command's package has its name). Only apt-get, only what is missing, only as root or by sudo without a password.
+# Sourced by test.sh: installs the Debian packages whose commands are missing. Usage: install_commands WORD ..., where a
+# word is COMMAND, or COMMAND=PACKAGE where the package has another name. Only apt-get, only what is missing, only as
+# root or by sudo without a password.
 install_commands() {
-    local command missing=() sudo=()
-    for command in "$@"; do
-        command -v "$command" >/dev/null || missing+=("$command")
+    local word missing=() sudo=() PATH=$PATH:/usr/sbin
+    for word in "$@"; do
+        command -v "${word%%=*}" >/dev/null || missing+=("${word#*=}")
     done
     [ ${#missing[@]} -eq 0 ] && return 0
     if [ "$EUID" -ne 0 ]; then

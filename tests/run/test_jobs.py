@@ -219,6 +219,7 @@ def test_a_job_that_sacct_has_not_heard_of_yet_lives(tmp_path: Path) -> None:
     nothing = slurm(sacct=(0, SACCT.splitlines()[0], ""))
     record(tmp_path, jobs_of(["stage1=99"], time.time()))
     assert alive(tmp_path, 1, ask=nothing)
+    assert not alive(tmp_path, 1, ask=slurm((0, "", ""))), "the queue would know it, were it there"
     record(tmp_path, jobs_of(["stage1=99"], time.time() - jobs.LAG_S))
     assert not alive(tmp_path, 1, ask=nothing)
 

@@ -105,7 +105,7 @@ def test_losses_scores_and_weights_do_not_depend_on_who_computes(runs: Path, oth
     for number in (1, 2):
         one, two = (RunDirectory(runs / name).stage(number) for name in ("one", other))
         start = json.loads((two.path / "starts" / "1.json").read_text())
-        assert start["world"] == worlds.get(other, 2)
+        assert start["world"] == worlds.get(other, 2) and start["hosts"] == [start["host"]] * start["world"]
         assert len(losses(one)) == STEPS
         assert agree(losses(one), losses(two)), (number, losses(one), losses(two))
         r = [[s["pearson_r"] for s in stage.read_scores()] for stage in (one, two)]

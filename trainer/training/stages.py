@@ -77,15 +77,16 @@ def _train_stage(job: Job, number: int) -> None:
     if processes.first(lambda: job.resume and directory.finished() is not None):
         job.say(f"Stage {number} is finished: {directory.path}")
         return
-    start = processes.first(lambda: _begin(job, directory))
+    hosts = processes.gather_objects(processes.host)
+    start = processes.first(lambda: _begin(job, directory, hosts))
     with Heartbeat(directory.path, start) if processes.is_main else nullcontext() as heartbeat:
         watch = Watch(job.stop, heartbeat, job.watchdog)
         (train_stage1 if number == 1 else train_stage2)(job, directory, watch)
 
 
-def _begin(job: Job, directory: StageDirectory) -> int:
+def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
     """Write down who starts, with which code and configuration; returns the number of the start."""
-    facts = {"world": job.processes.world, "launcher": job.processes.launcher}
+    facts = {"world": job.processes.world, "launcher": job.processes.launcher, "hosts": hosts}
     start = directory.begin(job.config.to_yaml(), **facts)
     warning = other_code(job.run.path)
     if warning is not None:
