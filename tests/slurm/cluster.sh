@@ -82,7 +82,7 @@ processes() {
         grep -lF " - tmpfs $base " /proc/[0-9]*/mountinfo || true; } 2>/dev/null | tr -dc '0-9\n' | sort -nu
 }
 
-launch() { # NAME COMMAND...   in the background, in a session of its own
+launch() { # NAME COMMAND...   in the background, away from this terminal
     local name=$1
     shift
     CLUSTER_DAEMON=$SLURM_CONF setsid "$@" </dev/null >>"$base/$name.out" 2>&1 &
