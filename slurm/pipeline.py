@@ -6,7 +6,8 @@
 `key=value` overrides the configuration of the training, `slurm.key=value` what the jobs ask for. The jobs train with
 what was submitted, kept in RUN/slurm; with `--snapshot` they also run a copy of the code. Submitted again, what is
 finished or in the queue is left alone, and what failed goes on. `--cluster local` runs the same chain on this machine
-without SLURM, `--cluster debug` in this process.
+without SLURM, `--cluster debug` in this process. `--array` submits many runs as job arrays: the product of the lists in
+a YAML file, {stage1.lr: [1e-3, 3e-4], seed: [1, 2]}, or a list of such mappings with one value each.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dry-run", action="store_true", help="print the batch scripts and submit nothing")
     made.add_argument("--wait", action="store_true", help="wait for the jobs; the exit status is theirs")
     made.add_argument("--snapshot", action="store_true", help="the jobs run a copy of the code, in the run directory")
+    made.add_argument("--array", type=Path, metavar="SWEEP", help="YAML of overrides: a run of each, as job arrays")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. stage1.lr=1e-3 slurm.stage1.nodes=4")
     return made
 
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     if any(word.startswith("-") for word in rest):  # argparse takes one group of positionals only
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    plan = make_plan(arguments.config, arguments.slurm, arguments.run, [*arguments.overrides, *rest])
+    overrides = [*arguments.overrides, *rest]
+    plan = make_plan(arguments.config, arguments.slurm, arguments.run, overrides, array=arguments.array)
     for note in plan.notes:
         say(note)
     if not plan.jobs:
@@ -90,7 +93,10 @@ def _show(plan: Plan, ids: dict[str, str]) -> None:
     for line in picture(plan.jobs, plan.settings.of, ids):
         say(f"  {line}")
     first = next((job for job in plan.jobs if job.kind == "train"), plan.jobs[0])
-    say(f"\nwatch   python -m trainer status {plan.home}")
+    if plan.is_one_run:
+        say(f"\nwatch   python -m trainer status {plan.home}")
+    else:
+        say(f"\nwatch   python -m trainer.cluster.sweep {plan.home}")
     say(f"        squeue -j {','.join(ids.values())}")
     say(f"        tail -F {plan.folder}/{ids[first.key]}_0_log.out")
     say(f"cancel  scancel {' '.join(ids.values())}")

@@ -20,8 +20,9 @@ def make(tmp_path: Path, debug_config: Path, monkeypatch: pytest.MonkeyPatch) ->
     (shards / "manifest.json").touch()
     slurm = tmp_path / "site.yaml"
 
-    def plan(settings: str = "{}", *overrides: str) -> Plan:
+    def plan(settings: str = "{}", *overrides: str, array: Path | None = None) -> Plan:
         slurm.write_text(settings)
-        return make_plan(debug_config, slurm, tmp_path / "run", [f"data.shards={shards}", *overrides])
+        given = [f"data.shards={shards}", *overrides]
+        return make_plan(debug_config, slurm, tmp_path / "run", given, array=array)
 
     return plan

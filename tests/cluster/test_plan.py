@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import MakePlan
-from trainer.cluster import plan as planning
-from trainer.cluster.plan import Plan, split_overrides
+from trainer.cluster.plan import Plan, make_plan, split_overrides
 from trainer.config import load_config
 from trainer.errors import InputError
 from trainer.run import jobs as queue
@@ -47,7 +46,7 @@ def test_overrides_of_the_jobs_and_of_the_training_are_told_apart() -> None:
 
 def test_the_jobs_read_what_was_submitted_whatever_becomes_of_the_file(make: MakePlan) -> None:
     plan = make("{}", "seed=7")
-    plan.keep_configs()
+    plan.prepare()
     (path,) = plan.configs
     assert f"--config {path}" in " ".join(plan.jobs[0].elements[0].argv)
     assert load_config(path).seed == 7
@@ -57,7 +56,7 @@ def test_another_configuration_gets_another_file_and_the_same_one_the_same(make:
     files = []
     for seed in (7, 8, 7):
         plan = make("{}", f"seed={seed}")
-        plan.keep_configs()
+        plan.prepare()
         files += [path.name for path in plan.configs]
     assert files == ["config_1.yaml", "config_2.yaml", "config_1.yaml"]
 
@@ -102,7 +101,6 @@ def test_a_bad_key_of_the_training_is_found_before_anything(make: MakePlan, tmp_
 
 def test_a_finished_run_has_nothing_to_do(make: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "standing", lambda run, number: Standing("finished"))
-    monkeypatch.setattr(planning, "_check_continues", lambda *_: None)
     plan = make()
     assert (plan.jobs, plan.configs) == ([], {})
     assert plan.notes == ["stage 1: finished; nothing to do", "stage 2: finished; nothing to do"]
@@ -118,3 +116,44 @@ def test_a_started_stage_is_not_continued_with_another_configuration(
     assert names(make("{}", "checkpoint.every_steps=7"))[0] == "stage1"
     with pytest.raises(InputError, match=r"other values of stage1\.lr"):
         make("{}", "stage1.lr=3")
+
+
+def test_a_sweep_is_job_arrays_of_runs_with_configurations_of_their_own(make: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2]}")
+    plan = make("{}", "stage1.lr=3e-3", array=tmp_path / "sweep.yaml")
+    assert names(plan)[0] == "stage1" and [len(job.elements) for job in plan.jobs if job.kind == "train"] == [2, 2]
+    assert [path.relative_to(tmp_path).as_posix() for path in plan.configs] == [
+        "run/seed=1/slurm/config_1.yaml",
+        "run/seed=2/slurm/config_1.yaml",
+    ]
+    plan.prepare()
+    read = [load_config(path) for path in plan.configs]
+    assert [(config.seed, config.stage1.lr) for config in read] == [(1, 3e-3), (2, 3e-3)]
+    assert plan.jobs[-1].elements[0].argv == ("sweep", str(tmp_path / "run"), "--report")
+    assert not plan.is_one_run
+
+
+def test_what_is_done_of_a_sweep_is_said_by_run(
+    make: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2]}")
+    monkeypatch.setattr(queue, "standing", lambda run, number: Standing("finished" if run.name == "seed=1" else "free"))
+    plan = make("{}", array=tmp_path / "sweep.yaml")
+    assert plan.notes == ["seed=1, stage 1: finished; nothing to do", "seed=1, stage 2: finished; nothing to do"]
+    assert {element.run.name for job in plan.jobs if job.kind == "train" for element in job.elements} == {"seed=2"}
+
+
+def test_one_stage_2_a_subject_stands_behind_the_stage_1_of_all(
+    debug_config: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "site.yaml").write_text("{}")
+    overrides = [f"data.shards={tiny_shards}", "stage2.subjects=separate"]
+    plan = make_plan(debug_config, tmp_path / "site.yaml", tmp_path / "run", overrides)
+    stage1, stage2 = (next(job for job in plan.jobs if job.name == name) for name in ("stage1", "stage2"))
+    assert [element.run.name for element in stage1.elements] == ["run"]
+    assert [element.run.name for element in stage2.elements] == [f"subject_{label}" for label in "1235"]
+    assert [(wait.condition, wait.key) for wait in stage2.waits] == [("afterok", "stage1")]
+    plan.prepare()
+    assert all((element.run / "stage1").is_symlink() for element in stage2.elements)
+    (of_3,) = (path for path in plan.configs if "subject_3" in path.parts)
+    assert load_config(of_3).datasets["val"].filter.subjects == ["3"]

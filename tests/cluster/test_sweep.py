@@ -144,8 +144,8 @@ def test_the_table_of_runs_on_disk_is_printed_aligned_and_written(debug_run: Pat
     config = yaml.safe_load((run / "stage1" / "config.yaml").read_text())
     (run / "stage1" / "config.yaml").write_text(yaml.safe_dump({**config, "seed": 7}))
     (run / "stage1" / "finished.json").unlink()
-    lines = table([debug_run, run, tmp_path / "nothing"], tmp_path / "sweep.csv").splitlines()
-    rows = list(csv.reader((tmp_path / "sweep.csv").read_text().splitlines()))
+    lines = table([debug_run, run, tmp_path / "nothing"], tmp_path / "scores.csv").splitlines()
+    rows = list(csv.reader((tmp_path / "scores.csv").read_text().splitlines()))
     assert rows[0] == ["run", "seed", "r1 val", "r1 test", "r2 val", "r2 test", "not finished"]
     assert [row[1] for row in rows[1:]] == ["3315", "7", ""]
     assert [row[-1] for row in rows[1:]] == ["", "stage1 stage2", "stage1 stage2"]
@@ -228,3 +228,19 @@ def weights(folder: Path) -> dict[str, Any]:
     checkpoints = folder / "checkpoints"
     last = checkpoint.steps(checkpoints)[-1]
     return {name: t.numpy() for name, t in checkpoint.load(checkpoint.folder_of(checkpoints, last)).model.items()}
+
+
+def test_the_command_tells_of_all_runs_in_a_folder_that_have_begun(
+    debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("seed=1", "seed=2"):
+        shutil.copytree(debug_run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "seed=3" / "slurm").mkdir(parents=True)
+    assert sweep.main([str(tmp_path), "--report"]) == 0
+    said = capsys.readouterr().out
+    assert "seed=1" in said and "seed=2" in said and "seed=3" not in said
+    assert (tmp_path / "scores.csv").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "seed=1" in page and "seed=2" in page
+    assert sweep.main([str(tmp_path / "seed=3")]) == 2
+    assert "holds no run that has begun" in capsys.readouterr().err

@@ -38,7 +38,11 @@ class Wait:
 
 @dataclass(frozen=True)
 class Element:
-    """What a job does: the arguments of `python -m trainer` (of make_shards, in the job `shards`) in a run's name."""
+    """What a job does in a run's name: the arguments of `python -m trainer`.
+
+    In the job `shards` they are those of make_shards, and behind several runs, after a leading `sweep`, those of
+    `python -m trainer.cluster.sweep`.
+    """
 
     run: Path
     argv: tuple[str, ...]
@@ -142,10 +146,8 @@ def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, l
         return []
     queued = sorted({i for run in runs for s in run.stages.values() for i in (s.id, s.worker) if i}, key=_number)
     waits = [Wait("afterany", id=i) for i in queued] + [Wait("afterany", job.key) for job in jobs]
-    return [
-        *jobs,
-        Job("report", "report", (Element(home, ("report", *(str(run.path) for run in runs))),), tuple(waits)),
-    ]
+    report = ("report", str(home)) if len(runs) == 1 else ("sweep", str(home), "--report")
+    return [*jobs, Job("report", "report", (Element(home, report),), tuple(waits))]
 
 
 def _groups(runs: Sequence[Run]) -> list[list[Run]]:

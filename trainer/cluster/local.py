@@ -48,7 +48,7 @@ def run_locally(plan: Plan, site: Site, *, say: Say = print, make_task: MakeTask
         make_task: what runs in each process (tests bring their own).
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.keep_configs()
+    plan.prepare()
     with StopRequest() as stop, _path_of(site.code):
         driver = Driver(plan, site, stop, say, make_task)
         return driver.run()
@@ -57,7 +57,7 @@ def run_locally(plan: Plan, site: Site, *, say: Say = print, make_task: MakeTask
 def run_here(plan: Plan, *, say: Say = print, make_task: MakeTask = Task) -> int:
     """Run a chain in this process, one job after the other; returns the exit status."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.keep_configs()
+    plan.prepare()
     jobs, outcomes = one_by_one(plan.jobs), dict[str, Outcome]()
     for job in jobs:
         outcomes |= _cancelled(jobs, outcomes, say)

@@ -4,15 +4,19 @@ The jobs train with what was submitted: the configuration, overrides and default
 RUN/slurm/config_<n>.yaml before the first job is submitted, and the jobs read that file. Whoever edits the original, or
 submits again with other overrides, while jobs wait in the queue changes nothing for them. A number is used for one
 configuration: the same one, submitted again, is the same file.
+
+Several runs are submitted as one where a sweep gives each overrides of its own, and where `stage2.subjects: separate`
+asks for one stage 2 a subject around the stage 1 of all.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.cluster import sweep
 from trainer.cluster.chain import Job, Run, Shards, Stage, pipeline
 from trainer.cluster.settings import OVERRIDE, Settings, load_settings
 from trainer.config import Config, load_config
@@ -29,11 +33,12 @@ class Plan:
     """A chain of jobs that may be submitted.
 
     Attributes:
-        home: the run directory, absolute; logs, scripts and the configuration lie in its folder slurm.
+        home: the run directory, or the folder of a sweep's runs, absolute; logs and scripts lie in its folder slurm.
         settings: what the jobs ask for, from the file `source`.
         jobs: the chain.
         notes: what is not done, and why; a line each.
         configs: the configurations that the jobs read, by file.
+        subjects: the runs of single subjects around the stage 1 in `home`.
     """
 
     home: Path
@@ -42,14 +47,21 @@ class Plan:
     jobs: list[Job]
     notes: list[str]
     configs: dict[Path, str]
+    subjects: Sequence[sweep.Element] = ()
 
     @property
     def folder(self) -> Path:
         """Of logs and scripts."""
         return self.home / "slurm"
 
-    def keep_configs(self) -> None:
-        """Write the configurations that are not there yet."""
+    @property
+    def is_one_run(self) -> bool:
+        """Whether all is done in `home`, which is a run directory then."""
+        return all(element.run == self.home for job in self.jobs for element in job.elements)
+
+    def prepare(self) -> None:
+        """Write the configurations that are not there yet, and give each subject's run its stage 1."""
+        sweep.link_stage1(self.home, self.subjects)
         for path, text in self.configs.items():
             if not path.exists() and not write_new(path, text):
                 raise InputError(path, "has just been written by another submission", fix="Submit again.")
@@ -61,29 +73,70 @@ def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return [override for override in overrides if not override.startswith(OVERRIDE)], of_jobs
 
 
-def make_plan(config: Path, slurm: Path, run: Path | None, overrides: Sequence[str]) -> Plan:
-    """Check everything, and see what of the pipeline of one run is to be done.
+@dataclass(frozen=True)
+class Member:
+    """One of the runs that are submitted together: its folder, its configuration, and the stages that it trains."""
+
+    path: Path
+    config: Config
+    stages: tuple[int, ...] = (1, 2)
+    around: Path | None = None
+
+    def standing(self) -> dict[int, Stage]:
+        """How far its stages are. Raises InputError where it does not go on as it began."""
+        stages = {number: _stage(self.path, number) for number in self.stages}
+        self._check_continues([number for number, stage in stages.items() if stage.needed])
+        return stages
+
+    def _check_continues(self, needed: Sequence[int]) -> None:
+        """What a job would refuse after hours in the queue is refused now. Raises InputError."""
+        own, stage1 = RunDirectory(self.path), RunDirectory(self.around or self.path)
+        begun = [number for number in needed if own.stage(number).config.exists()]
+        behind = 2 in needed and 1 not in needed and stage1.stage(1).finished() is not None
+        if begun or behind:
+            from trainer.training.stages import check_same_config, stage1_config  # imports torch
+
+            check_same_config(self.config, own, begun)
+            if behind:
+                stage1_config(self.config, stage1)
+
+
+def make_plan(
+    config: Path, slurm: Path, run: Path | None, overrides: Sequence[str], *, array: Path | None = None
+) -> Plan:
+    """Check everything, and see what of the pipeline is to be done.
 
     Args:
         config: of the training.
         slurm: a file of configs/slurm.
-        run: the run directory; None for output/<name of the config>.
+        run: the run directory, or the folder of a sweep; None for output/<name of the config>.
         overrides: `key=value` of the training and `slurm.key=value` of the jobs.
+        array: a sweep file, whose runs are submitted as job arrays.
 
     Raises:
-        InputError: something is wrong with one of these, or the run is being trained outside of the queue.
+        InputError: something is wrong with one of these, or a run is being trained outside of the queue.
     """
     own, of_jobs = split_overrides(overrides)
     training, settings = load_config(config, own), load_settings(slurm, of_jobs)
     home = (run or Path("output") / config.stem).absolute()
-    standing = {number: _stage(home, number) for number in (1, 2)}
-    _check_continues(home, training, standing)
-    path, text = _config_file(home, training)
-    taking_part = Run(home, path, standing)
-    shards, note = _shards(training, settings, home, standing)
-    chain = pipeline(home, [taking_part], shards=shards, links=settings.links)
-    notes = [line for number, stage in standing.items() for line in _notes(number, stage)]
-    return Plan(home, settings, slurm, chain, [*note, *notes], {path: text} if chain else {})
+    separate = array is None and training.stage2.subjects == "separate"
+    chosen = sweep.elements(array) if array else sweep.subjects(training, home) if separate else []
+    configs = sweep.checked(chosen, config, own)
+    members = [] if array else [Member(home, training, (1,) if separate else (1, 2))]
+    for one, its_config in zip(chosen, configs, strict=True):
+        members.append(Member(home / one.name, its_config, *(((2,), home) if separate else ())))
+    standing = [member.standing() for member in members]
+    files = [_config_file(member.path, member.config) for member in members]
+    runs = [
+        Run(member.path, path, stages, member.around)
+        for member, (path, _), stages in zip(members, files, standing, strict=True)
+    ]
+    shards, notes = _shards([member.config for member in members], settings, home, standing)
+    chain = pipeline(home, runs, shards=shards, links=settings.links)
+    for member, stages in zip(members, standing, strict=True):
+        name = "" if member.path == home else f"{member.path.name}, "
+        notes += [f"{name}{line}" for number, stage in stages.items() for line in _notes(number, stage)]
+    return Plan(home, settings, slurm, chain, notes, dict(files) if chain else {}, chosen if separate else ())
 
 
 def _stage(home: Path, number: int) -> Stage:
@@ -106,19 +159,6 @@ def _in_queue(home: Path, name: str) -> str:
     return next((job_id for job_id in reversed(ids) if not queue.is_over(states[job_id])), "")
 
 
-def _check_continues(home: Path, training: Config, standing: dict[int, Stage]) -> None:
-    """What a job would refuse after hours in the queue is refused now. Raises InputError."""
-    begun = [n for n, stage in standing.items() if stage.needed and RunDirectory(home).stage(n).config.exists()]
-    behind = standing[2].needed and standing[1].standing == "finished"
-    if begun or behind:
-        from trainer.training.stages import check_same_config, stage1_config  # imports torch
-
-        run = RunDirectory(home)
-        check_same_config(training, run, begun)
-        if behind:
-            stage1_config(training, run)
-
-
 def _config_file(home: Path, training: Config) -> tuple[Path, str]:
     """Where the jobs read the configuration: the file that holds it already, or one with the next number."""
     text, number = training.to_yaml(), 1
@@ -128,15 +168,17 @@ def _config_file(home: Path, training: Config) -> tuple[Path, str]:
 
 
 def _shards(
-    training: Config, settings: Settings, home: Path, standing: dict[int, Stage]
+    trainings: Sequence[Config], settings: Settings, home: Path, standing: Sequence[Mapping[int, Stage]]
 ) -> tuple[Shards | None, list[str]]:
     """The job that makes shards, where one is needed and there are none; and what to say of it.
 
     Raises:
-        InputError: there are none, and nothing says how to make them.
+        InputError: there are none, and nothing says how to make them, or it would have to be several.
     """
-    where, asked = training.data.shards, settings.shards
-    if not any(stage.needed for stage in standing.values()) or _is_remote(where):
+    where, asked = trainings[0].data.shards, settings.shards
+    if not any(stage.needed for stages in standing for stage in stages.values()) or _is_remote(where):
+        return None, []
+    if len({training.data.shards for training in trainings}) > 1:  # a sweep over data: all must be there
         return None, []
     if (Path(where) / MANIFEST).exists():
         return None, [f"shards: {where} holds some already"] if asked.layout else []
@@ -149,7 +191,7 @@ def _shards(
     load_layout(asked.layout)
     if not Path(asked.root).is_dir():
         raise InputError("shards.root", "no such folder", found=asked.root)
-    features = asked.features or training.include_features
+    features = asked.features or list(dict.fromkeys(name for one in trainings for name in one.include_features))
     return Shards(("--layout", asked.layout, "--root", asked.root, "--out", where, "--features", *features)), []
 
 

@@ -147,7 +147,7 @@ def submit(plan: Plan, site: Site) -> dict[str, str]:
         )
     check(plan, site)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.keep_configs()
+    plan.prepare()
     ids: dict[str, str] = {}
     code = sha256(site.code)
     try:

@@ -5,16 +5,20 @@
 
 A run of a sweep is a folder in the sweep's, named by its own overrides alone: when a value is added to the file, those
 that have run keep their names, and are not run again. The product turns its last key fastest.
+
+    python -m trainer.cluster.sweep DIR         the scores of all runs in DIR, also as DIR/scores.csv
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import Config, differing_keys, load_config
-from trainer.data.cache import local_folder
 from trainer.data.manifest import Manifest
-from trainer.errors import InputError
+from trainer.errors import InputError, exit_on_input_error
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import write_whole
@@ -158,6 +161,8 @@ def subjects(config: Config, run: Path) -> list[Element]:
     Raises:
         InputError: the shards are not there yet, a set lacks a subject that is trained, or a folder is in the way.
     """
+    from trainer.data.cache import local_folder  # imports torch
+
     given = config.datasets["train"].filter.subjects
     manifest = Manifest.read(str(local_folder(config.data.shards, config.data.cache_dir, config.data.cache_gb)))
     labels = [label for label in manifest.subjects if given is None or label in given]
@@ -277,3 +282,31 @@ def _value(config: Config | None, key: str) -> str:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return _text(value)
+
+
+def runs_in(home: Path) -> list[Path]:
+    """The runs in a folder that have begun, in the order of their names."""
+    found = [path for path in sorted(home.glob("*")) if path.is_dir() and path.name not in ("stage1", "stage2")]
+    return [path for path in found if any(RunDirectory(path).stage(number).config.exists() for number in (1, 2))]
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print and write the table of the runs in a folder; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.cluster.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("home", type=Path, metavar="DIR", help="folder of the runs")
+    parser.add_argument("--report", action="store_true", help="write DIR/report.html about all of them too")
+    options = parser.parse_args(argv)
+    runs = runs_in(options.home)
+    if not runs:
+        raise InputError(options.home, "holds no run that has begun", expected="the folder of a sweep")
+    print(table(runs, options.home / "scores.csv"), flush=True)
+    if options.report:
+        from trainer.evaluation.report import write_report
+
+        print(f"report: {write_report(runs, options.home)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

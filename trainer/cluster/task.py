@@ -83,6 +83,10 @@ class Task:
     def _command(self, place: Place | None) -> Callable[[], int]:
         if self.name == "shards":
             return lambda: _make_shards(self.argv)
+        if self.argv[:1] == ["sweep"]:
+            from trainer.cluster import sweep
+
+            return lambda: sweep.main(self.argv[1:])
         if self.name.startswith("evaluate") and place is not None and "SLURM_JOB_ID" in os.environ:
             follower = Follower(Path(self.run), int(self.name.removeprefix("evaluate")), place)
             return lambda: follower.follow(lambda: _call(self.argv))

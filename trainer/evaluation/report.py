@@ -25,8 +25,8 @@ from trainer.run.files import write_whole
 from trainer.scoring.atlas import networks
 
 
-def write_report(paths: Sequence[Path]) -> Path:
-    """Write report.html and figures/ into the first run; returns the page's path.
+def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Write report.html and figures/ into a folder, which is the first run if not given; returns the page's path.
 
     Raises:
         InputError: a path is no run, or is given twice.
@@ -40,8 +40,9 @@ def write_report(paths: Sequence[Path]) -> Path:
         if not run.stages:
             raise InputError(run.path, "holds no training", expected="a run directory with stage1/")
     content = sections(runs, networks_of(runs[labels[0]]))
-    pictures = _save(content, paths[0] / "figures")
-    page = paths[0] / "report.html"
+    folder = out or paths[0]
+    pictures = _save(content, folder / "figures")
+    page = folder / "report.html"
     write_whole(page, render(runs, content, pictures, time.time()))
     return page
 

@@ -193,7 +193,7 @@ def _is_ours(path: Path) -> bool:
     """Whether something in a run directory may be of our making."""
     if path.name.startswith("subject_"):
         return (path / "stage1").is_symlink()
-    return path.name in _OURS or path.suffix in (".png", ".html") or path.name.startswith(_OURS_ASIDE)
+    return path.name in _OURS or path.suffix in (".png", ".html", ".csv") or path.name.startswith(_OURS_ASIDE)
 
 
 def environment() -> dict[str, Any]:
