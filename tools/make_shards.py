@@ -16,7 +16,7 @@ import functools
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -54,9 +54,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 @exit_on_input_error
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command on all ranks; returns its exit status."""
-    return on_ranks(functools.partial(_lead, argv))
+def main(argv: Sequence[str] | None = None, before_abort: Callable[[int], None] | None = None) -> int:
+    """Run the command on all ranks; returns its exit status. What MPI ends all ranks for is told `before_abort`."""
+    return on_ranks(functools.partial(_lead, argv), before_abort)
 
 
 @exit_on_input_error

@@ -83,6 +83,19 @@ def test_every_end_is_on_record_and_an_interrupted_task_leaves_without_a_fuss(
     assert said["ended"] >= said["began"]
 
 
+def test_a_build_of_shards_that_mpi_ends_is_on_record_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools import make_shards
+
+    def build(argv: list[str], before_abort: Callable[[int], None]) -> int:
+        assert argv == ["--out", "shards"]
+        before_abort(2)
+        assert record(tmp_path)["status"] == 2
+        return 2
+
+    monkeypatch.setattr(make_shards, "main", build)
+    assert main(["--run", str(tmp_path), "--name", "shards", "--", "--out", "shards"]) == 2
+
+
 def test_it_is_on_record_before_it_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def command(argv: list[str]) -> int:
         assert argv == ["train", "--resume"] and record(tmp_path)["status"] is None

@@ -68,6 +68,13 @@ class Plain:
         """Submit a worker for stage 1; returns the job's number."""
         return self._submit("evaluate", ["--nodes=1"], ["--stage", "1"])
 
+    def build(self, source: Path, stream: str) -> str:
+        """Submit the building of shards on two nodes; returns the job's number."""
+        layout = ROOT / "configs" / "datasets" / "algonauts2025.yaml"
+        shards = ["--layout", str(layout), "--root", str(source), "--out", f"{self.run}.shards", "--features", stream]
+        # with all its transports, what MPICH tells of itself is at times longer than SLURM 22.05's PMI-2 can read
+        return self._submit("shards", WORLDS[2], shards, UCX_TLS="tcp,self")
+
     def _submit(self, name: str, options: Sequence[str], arguments: list[str], **settings: str) -> str:
         logs = self.run / "slurm"
         logs.mkdir(parents=True, exist_ok=True)
@@ -118,7 +125,7 @@ class Plain:
         return (self.stage.checkpoints / f"step_{STEPS:08d}" / "model.safetensors").read_bytes()
 
 
-NAMES = {"stage1": "stage1", "evaluate": "evaluate1"}
+NAMES = {"stage1": "stage1", "evaluate": "evaluate1", "shards": "shards"}
 WORLDS = {2: ("--nodes=2", "--ntasks-per-node=1"), 4: ("--nodes=2", "--ntasks-per-node=2")}
 
 
@@ -189,9 +196,10 @@ def test_preemption_is_survived(cluster: Cluster, plain: Plain, alone: Mapping[i
 
 
 def test_an_error_of_ones_own_is_not_tried_again_nor_a_kill_without_end(
-    cluster: Cluster, tiny_shards: Path, tmp_path: Path
+    cluster: Cluster, tiny_source: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    mistaken, killed = (Plain(cluster, tmp_path / name, tiny_shards) for name in ("mistaken", "killed"))
+    mistaken, killed, builds = (Plain(cluster, tmp_path / name, tiny_shards) for name in ("a", "b", "c"))
+    of_build = builds.build(tiny_source, "llama_3.2_3b/layers.99")
     of_mistake = mistaken.train(*WORLDS[2], RAISE_AT="20")
     of_kill = killed.train("--nodes=1", limit=0)
     killed.reaches(20, of_kill)
@@ -203,7 +211,9 @@ def test_an_error_of_ones_own_is_not_tried_again_nor_a_kill_without_end(
     assert "task 1 of 2 on n2 ended with status 1: ValueError: a mistake of ours" in mistaken.log(of_mistake)
     assert "error: failed, and is not tried again" in mistaken.log(of_mistake)
     assert mistaken.record(of_mistake, 0, 0)["status"] in (None, 75), "it lost the other one, or was killed with it"
-    assert {cluster.facts(job)["Restarts"] for job in (of_mistake, of_kill)} == {"0"}
+    cluster.wait_for_state(of_build, "FAILED")
+    assert cluster.facts(of_build)["ExitCode"] == "2:0", "MPI ends all ranks of a build, and that is no kill"
+    assert {cluster.facts(job)["Restarts"] for job in (of_mistake, of_kill, of_build)} == {"0"}
 
 
 def managers(job: str) -> list[Path]:

@@ -76,13 +76,14 @@ class Task:
         diary = Diary(Path(self.run), place)
         diary.begin()
         with _leaving_on_signals(diary):
-            status, why = _guarded(self._command(place), tasks=place.tasks if place else 1)
+            command = self._command(place, diary)
+            status, why = _guarded(command, tasks=place.tasks if place else 1)
             diary.end(status, why)
         return status
 
-    def _command(self, place: Place | None) -> Callable[[], int]:
+    def _command(self, place: Place | None, diary: Diary) -> Callable[[], int]:
         if self.name == "shards":
-            return lambda: _make_shards(self.argv)
+            return lambda: _make_shards(self.argv, diary.end)
         if self.argv[:1] == ["sweep"]:
             from trainer.cluster import sweep
 
@@ -120,7 +121,7 @@ def _call(argv: Sequence[str]) -> int:
     return command(argv)
 
 
-def _make_shards(argv: Sequence[str]) -> int:
+def _make_shards(argv: Sequence[str], before_abort: Callable[[int], None]) -> int:
     """The tool beside the package, which is not installed with it."""
     import trainer
 
@@ -130,7 +131,7 @@ def _make_shards(argv: Sequence[str]) -> int:
     sys.path.insert(0, str(root))
     from tools.make_shards import main as make_shards
 
-    return make_shards(argv)
+    return make_shards(argv, before_abort)
 
 
 def _guarded(command: Callable[[], int], tasks: int) -> tuple[int, str]:

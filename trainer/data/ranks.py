@@ -83,8 +83,12 @@ def _done(function: Callable[..., Result], *arguments: Any) -> Future[Result]:
     return future
 
 
-def on_ranks(lead: Callable[[Crew], int]) -> int:
+def on_ranks(lead: Callable[[Crew], int], before_abort: Callable[[int], None] | None = None) -> int:
     """Run `lead` on rank 0 with all ranks as its crew, and end them all with the status that it returns or raises.
+
+    Args:
+        lead: returns an exit status.
+        before_abort: told of a status that is not 0 before MPI ends all ranks with it, this one too.
 
     Raises InputError where SLURM started several tasks that MPI does not connect.
     """
@@ -103,7 +107,10 @@ def on_ranks(lead: Callable[[Crew], int]) -> int:
         if status:
             sys.stdout.flush()
             sys.stderr.flush()
+            if before_abort is not None:
+                before_abort(status)
             world.Abort(status)
+            return status  # under srun it is the node's manager that ends us, a moment later
     return 0
 
 
