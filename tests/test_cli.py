@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from trainer.cli import main
 from trainer.run import checkpoint
@@ -154,6 +155,26 @@ def test_stage_2_is_not_trained_around_an_anchor_of_another_configuration(
     message = refused(capsys, *arguments, *overrides)
     assert "found other values of bold.standardise, stage1.model.encoder_causal" in message
     assert not (run / "stage2").exists()
+
+
+@pytest.mark.parametrize("subjects", ["[1,2,3]", "null"])
+def test_stage_2_learns_from_no_subject_that_the_anchor_does_not_know(
+    debug_run: Path,
+    tmp_path: Path,
+    debug_config: Path,
+    tiny_shards: Path,
+    capsys: pytest.CaptureFixture[str],
+    subjects: str,
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(debug_run / "stage1", run / "stage1")
+    config = yaml.safe_load((run / "stage1" / "config.yaml").read_text())
+    config["datasets"]["train"]["filter"]["subjects"] = ["1", "2"]
+    (run / "stage1" / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["train", "--config", str(debug_config), "--run", str(run), "--stage", "2"]
+    overrides = [f"data.shards={tiny_shards}", f"datasets.train.filter.subjects={subjects}"]
+    message = refused(capsys, *arguments, *overrides)
+    assert "found other values of datasets.train.filter.subjects" in message
 
 
 def test_a_refit_is_trained_on_both_sets_and_scored_on_neither(

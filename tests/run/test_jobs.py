@@ -94,6 +94,7 @@ def test_sacct_is_asked_about_what_squeue_has_forgotten() -> None:
     [
         (slurm(), "squeue is not installed, sacct is not installed"),
         (slurm((0, "", "")), "SLURM does not know it"),
+        (slurm(sacct=(0, SACCT, "")), "squeue is not installed, sacct does not know it"),
         (slurm((1, "", FORGOTTEN), (1, "", "Slurm accounting storage is disabled\n")), "SLURM does not know it"),
         (
             slurm((1, "", UNREACHABLE)),
@@ -218,6 +219,7 @@ def test_a_job_that_sacct_has_not_heard_of_yet_lives(tmp_path: Path) -> None:
     nothing = slurm(sacct=(0, SACCT.splitlines()[0], ""))
     record(tmp_path, jobs_of(["stage1=99"], time.time()))
     assert alive(tmp_path, 1, ask=nothing)
+    assert not alive(tmp_path, 1, ask=slurm((0, "", ""))), "the queue would know it, were it there"
     record(tmp_path, jobs_of(["stage1=99"], time.time() - jobs.LAG_S))
     assert not alive(tmp_path, 1, ask=nothing)
 

@@ -24,7 +24,14 @@ def slurm() -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster(slurm: None) -> Iterator[Cluster]:
-    """Two nodes, n1 and n2, with partitions main and urgent."""
+def shared_cluster(slurm: None) -> Iterator[Cluster]:
+    """Two nodes, n1 and n2, with partitions main and urgent; up while tests use it."""
     with Cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster; no module of tests leaves jobs to the next one."""
+    yield shared_cluster
+    shared_cluster.clear()

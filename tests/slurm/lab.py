@@ -62,12 +62,16 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._script("down")
+        self.down()
         shutil.rmtree(self.folder)
 
     def up(self) -> None:
-        """Start what does not run."""
+        """Start it anew, unless it runs."""
         self._script("up")
+
+    def down(self) -> None:
+        """End it, with its jobs, at once."""
+        self._script("down")
 
     def processes(self) -> list[int]:
         """The daemons, and whatever runs on the nodes."""
@@ -129,7 +133,9 @@ class Cluster:
         """PENDING, RUNNING, COMPLETED, ..."""
         return self.facts(job)["JobState"]
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS, *jobs: str) -> Any:
+    def wait_for(
+        self, condition: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS, jobs: Sequence[str] = ()
+    ) -> Any:
         """Wait until something is true, and return it; else fail, with the logs of `jobs`."""
         end = time.monotonic() + seconds
         while not (found := condition()):
@@ -147,7 +153,16 @@ class Cluster:
                 pytest.fail(f"job {job} is {state}, not {' or '.join(states)}\n{self.report(job)}")
             return state if state in states else None
 
-        return str(self.wait_for(reached, f"job {job} to be {' or '.join(states)}", seconds, job))
+        return str(self.wait_for(reached, f"job {job} to be {' or '.join(states)}", seconds, [job]))
+
+    def clear(self) -> None:
+        """Cancel all jobs and wait until they are gone."""
+
+        def idle() -> bool:
+            self.run("scancel", "--quiet", "--user=root", check=False)
+            return not self.run("squeue", "--noheader").stdout
+
+        self.wait_for(idle, "an empty queue")
 
     def report(self, *jobs: str) -> str:
         """The queue, and of each job what Slurm knows and the ends of its logs: for a person who repairs a test."""

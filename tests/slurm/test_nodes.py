@@ -1,6 +1,6 @@
 """Over the nodes of a real cluster: MPI builds the same bytes, and every launcher trains to the losses of one process.
 
-Starts cost far more than the few steps of training, so all launches share one job, and what each left is looked at.
+Starts cost far more than the few steps: all launches share one job, and two of the three train stage 1 only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,30 @@ OPTIONS = [
     "stage1.model.transformer={num_heads: 2, depth: 1}",
     f"stage2.max_steps={STEPS}", "stage2.cross_fit=0", "stage2.decoder.dropout=0.2",
 ]  # fmt: skip
-ACCELERATE = {"ddp": "multi_node.yaml", "zero2": "deepspeed_zero2_cpu.yaml"}
+ACCELERATE = {"ddp": ("multi_node.yaml", "4"), "zero2": ("deepspeed_zero2_cpu.yaml", "2")}
+"""Files of configs/accelerate, and processes on all nodes."""
+
+
+BUILD = """
+# tools/make_shards.py with one run a tar, in which no node goes on before each of them has begun a tar
+import os, socket, sys, time
+from pathlib import Path
+import tools.make_shards as tool
+import trainer.data.build as building
+
+begun, nodes = Path(os.environ["BEGUN"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+
+def write(path, samples, original=building.write_shard):
+    (begun / socket.gethostname()).touch()
+    end = time.monotonic() + 120
+    while len(list(begun.iterdir())) < nodes and time.monotonic() < end:
+        time.sleep(0.05)
+    return original(path, samples)
+
+building.write_shard = write
+building.deal = lambda runs, streams, size: [[run] for run in runs]
+sys.exit(tool.main())
+"""
 
 
 def building(source: Path, out: Path) -> list[str]:
@@ -37,12 +60,22 @@ def building(source: Path, out: Path) -> list[str]:
 
 
 def test_mpi_over_two_nodes_writes_the_bytes_of_one_process(
-    cluster: Cluster, tiny_source: Path, tiny_shards: Path, tmp_path: Path
+    cluster: Cluster, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = [sys.executable, "-m", "mpi4py", "tools/make_shards.py", *building(tiny_source, tmp_path / "shards")]
-    cluster.srun("--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--mpi=pmi2", *tool)
-    one, four = ({path.name: path.read_bytes() for path in out.iterdir()} for out in (tiny_shards, tmp_path / "shards"))
-    assert one == four
+    import trainer.data.build
+    from tools.make_shards import main
+
+    (tmp_path / "build.py").write_text(BUILD)
+    (tmp_path / "begun").mkdir()
+    tool = [sys.executable, "-m", "mpi4py", tmp_path / "build.py", *building(tiny_source, tmp_path / "four")]
+    resources = ["--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", "--mpi=pmi2"]
+    cluster.srun(*resources, *tool, BEGUN=str(tmp_path / "begun"))
+    assert {path.name for path in (tmp_path / "begun").iterdir()} == {"n1", "n2"}
+
+    monkeypatch.setattr(trainer.data.build, "deal", lambda runs, streams, size: [[run] for run in runs])
+    assert main(building(tiny_source, tmp_path / "one")) == 0
+    one, four = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()} for out in ("one", "four"))
+    assert one == four and len(one) > 5
 
 
 def test_tasks_that_mpi_does_not_connect_build_nothing(cluster: Cluster, tiny_source: Path, tmp_path: Path) -> None:
@@ -57,7 +90,7 @@ def test_tasks_that_mpi_does_not_connect_build_nothing(cluster: Cluster, tiny_so
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same training by one process here, and by four on two nodes under each launcher."""
+    """A folder with the same training by one process here, and on two nodes under each launcher."""
     from trainer.cli import main
 
     folder = tmp_path_factory.mktemp("nodes")
@@ -71,14 +104,14 @@ def runs(cluster: Cluster, tiny_shards: Path, tmp_path_factory: pytest.TempPathF
         f"srun --kill-on-bad-exit=1 {shlex.join([sys.executable, '-m', 'trainer', *training('srun')])}",
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
     ]
-    for name, file in ACCELERATE.items():
+    for name, (file, processes) in ACCELERATE.items():
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{file}"]
-        launch += ["--num_machines", "2", "--num_processes", "4", "--main_process_port", str(port)]
+        launch += ["--num_machines", "2", "--num_processes", processes, "--main_process_port", str(port)]
         each = f"{shlex.join(launch)} --main_process_ip $0 --machine_rank $SLURM_NODEID"
-        each += f" -m {shlex.join(['trainer', *training(name)])}"
+        each += f" -m {shlex.join(['trainer', *training(name), '--stage', '1'])}"
         lines.append(f'srun --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c {shlex.quote(each)} "$first"')
     job = cluster.submit("launches", lines, "--nodes=2", "--ntasks-per-node=2")
     assert main(training("one")) == 0
@@ -92,18 +125,24 @@ def losses(stage: StageDirectory) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("name", "launcher"), [("srun", "srun"), ("ddp", "accelerate launch"), ("zero2", "accelerate launch")]
-)
-def test_four_processes_on_two_nodes_have_the_losses_of_one(
-    cluster: Cluster, runs: Path, name: str, launcher: str
+def assert_same_losses(runs: Path, name: str, stage: int, launcher: str, hosts: list[str]) -> None:
+    """A stage of a run over nodes was the one training that was asked for, and its losses are those of one process."""
+    one, several = (RunDirectory(runs / run).stage(stage) for run in ("one", name))
+    start = json.loads((several.path / "starts" / "1.json").read_text())
+    assert (start["world"], start["launcher"], start["hosts"]) == (len(hosts), launcher, hosts)
+    assert start["host"] == hosts[0] and start["slurm"]["SLURM_JOB_NODELIST"] == "n[1-2]"
+    pairs = list(zip(losses(one), losses(several), strict=True))
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs), pairs
+    assert several.finished() is not None
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_four_tasks_of_srun_on_two_nodes_have_the_losses_of_one_process(runs: Path, stage: int) -> None:
+    assert_same_losses(runs, "srun", stage, "srun", ["n1", "n1", "n2", "n2"])
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("ddp", ["n1", "n1", "n2", "n2"]), ("zero2", ["n1", "n2"])])
+def test_a_launcher_of_accelerate_on_each_of_two_nodes_has_the_losses_of_one_process(
+    runs: Path, name: str, hosts: list[str]
 ) -> None:
-    n1, n2 = cluster.hosts
-    for number in (1, 2):
-        one, four = (RunDirectory(runs / run).stage(number) for run in ("one", name))
-        start = json.loads((four.path / "starts" / "1.json").read_text())
-        assert (start["world"], start["launcher"], start["hosts"]) == (4, launcher, [n1, n1, n2, n2])
-        assert start["host"] == n1 and start["slurm"]["SLURM_JOB_NODELIST"] == "n[1-2]"
-        pairs = list(zip(losses(one), losses(four), strict=True))
-        assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs), (number, pairs)
-        assert four.finished() is not None
+    assert_same_losses(runs, name, 1, "accelerate launch", hosts)

@@ -111,12 +111,12 @@ def _check_continues(home: Path, training: Config, standing: dict[int, Stage]) -
     begun = [n for n, stage in standing.items() if stage.needed and RunDirectory(home).stage(n).config.exists()]
     behind = standing[2].needed and standing[1].standing == "finished"
     if begun or behind:
-        from trainer.training.stages import check_same_config, check_stage1  # imports torch
+        from trainer.training.stages import check_same_config, stage1_config  # imports torch
 
         run = RunDirectory(home)
         check_same_config(training, run, begun)
         if behind:
-            check_stage1(training, run)
+            stage1_config(training, run)
 
 
 def _config_file(home: Path, training: Config) -> tuple[Path, str]:

@@ -52,6 +52,7 @@ class Study:
                 raise InputError(f"datasets.{name}", str(error)) from error
             if spans:
                 self.spans[name] = spans
+        self._anchors = self.spans
         for name in ("train", config.val_set_name):
             self.check_scorable(name, f"datasets.{name}")
         self.check_apart(config.val_set_name, "train", self.spans["train"])
@@ -89,7 +90,12 @@ class Study:
     @cached_property
     def scaling(self) -> BoldScaling:
         """The scaling of BOLD, with statistics of the training set where it needs them."""
-        return BoldScaling.fit(self.config.bold.standardise, self.shards, self.spans["train"])
+        return BoldScaling.fit(self.config.bold.standardise, self.shards, self._anchors["train"])
+
+    def stand_on(self, stage1: Config) -> None:
+        """Note what stage 1 was trained on, where stage 2 learns from fewer subjects: anchors are trained on all."""
+        names = ("train", self.config.val_set_name)
+        self._anchors = {name: select(self.manifest, stage1.datasets[name].filter) for name in names}
 
     def reside(self, device: torch.device) -> str:
         """Copy what training reads again and again (train and validation) to where data.residence says.
@@ -100,7 +106,7 @@ class Study:
             InputError: there is not enough memory for what is asked for, or a shard cannot be read.
         """
         data = self.config.data
-        spans = [*self.spans["train"], *self.spans[self.config.val_set_name]]
+        spans = self.anchor_spans(refit=True)
         needed = extents(spans, self.manifest, data.context_trs)
         self.source, line = reside(data.residence, self.shards, needed, self.streams, self.scaling, device)
         return line
@@ -109,6 +115,11 @@ class Study:
         """The training set, together with the validation set where the model is refitted on both."""
         validation = self.spans[self.config.val_set_name] if refit else []
         return [*self.spans["train"], *validation]
+
+    def anchor_spans(self, *, refit: bool) -> list[Span]:
+        """As `training_spans`, with the BOLD of every subject that stage 1 learnt from."""
+        validation = self._anchors[self.config.val_set_name] if refit else []
+        return [*self._anchors["train"], *validation]
 
     def scored_sets(self, *, refit: bool) -> list[str]:
         """The sets that the model has not been trained on, validation first."""

@@ -4,6 +4,7 @@
     RUN/stage1/claims/     what is being scored, and by which worker
     RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
     RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
+    RUN/subject_<label>/   a run of stage 2 for one subject; its stage1 is a symbolic link to ../stage1
     RUN/slurm/             jobs.json and the logs of jobs
     RUN/code/              the code that the jobs run, where it was copied
     RUN/*.png              figures
@@ -190,6 +191,8 @@ _OURS_ASIDE = (".probe.", ".code.", ".stage1.deleted.", ".stage2.deleted.")  # o
 
 def _is_ours(path: Path) -> bool:
     """Whether something in a run directory may be of our making."""
+    if path.name.startswith("subject_"):
+        return (path / "stage1").is_symlink()
     return path.name in _OURS or path.suffix in (".png", ".html") or path.name.startswith(_OURS_ASIDE)
 
 

@@ -171,7 +171,7 @@ def states(ids: Sequence[str], *, run: Run = subprocess.run) -> dict[str, JobSta
         ids: of jobs, or of elements of arrays.
         run: `subprocess.run`, or what stands for it in a test.
     """
-    return _ask(ids, run)[0]
+    return _ask(ids, run).states
 
 
 def is_over(state: JobState) -> bool:
@@ -194,14 +194,16 @@ def in_queue(run: Path, stage: int | None = None, *, ask: Run = subprocess.run) 
     Returns: the ids, and why there may be others: squeue is here, but did not answer.
     """
     jobs = read(run) if stage is None else _trainings(run, stage)
-    found, trouble = _ask([job.id for job in jobs], ask)
+    answer = _ask([job.id for job in jobs], ask)
     now = time.time()
 
     def lives(job: Job) -> bool:
-        state = found[job.id]
-        return not is_over(state) or (not state.state and now - job.time < LAG_S)
+        state = answer.states[job.id]
+        # the queue knows a job from its first moment on, sacct does not
+        late = not answer.queue and not state.state and now - job.time < LAG_S
+        return late or not is_over(state)
 
-    return tuple(job.id for job in jobs if lives(job)), trouble
+    return tuple(job.id for job in jobs if lives(job)), answer.trouble
 
 
 def standing(run: Path, stage: int, *, ask: Run = subprocess.run) -> Standing:
@@ -229,8 +231,17 @@ def _trainings(run: Path, stage: int) -> list[Job]:
     return [job for job in read(run) if job.kind == "train" and job.stage == stage]
 
 
-def _ask(ids: Sequence[str], run: Run) -> tuple[dict[str, JobState], str]:
-    """The states; and why jobs may live of which nothing is known, where squeue is here but did not answer."""
+class _Answer(NamedTuple):
+    """What SLURM said: `states`; whether the `queue` itself was heard; and, where jobs may live of which nothing is
+    known because squeue is here but did not answer, that `trouble`."""
+
+    states: dict[str, JobState]
+    queue: bool
+    trouble: str
+
+
+def _ask(ids: Sequence[str], run: Run) -> _Answer:
+    """Ask squeue, and sacct about what it does not know."""
     wanted = [id for id in dict.fromkeys(ids) if _ID.fullmatch(id)]
     listed, no_squeue = _answer(_squeue(wanted), run) if wanted else ("", "")
     found = read_squeue(listed or "", wanted)
@@ -239,9 +250,9 @@ def _ask(ids: Sequence[str], run: Run) -> tuple[dict[str, JobState], str]:
     for id, state in read_sacct(recorded or "", missing).items():
         lost = listed is not None and state.state in _LIVE
         found[id] = JobState(reason=f"sacct alone says {state.state}") if lost else state
-    why = f"{no_squeue}, {no_sacct}".strip(", ") if listed is None else "SLURM does not know it"
+    why = "SLURM does not know it" if listed is not None else f"{no_squeue}, {no_sacct or 'sacct does not know it'}"
     trouble = no_squeue if no_squeue != _missing("squeue") and not found.keys() >= set(wanted) else ""
-    return {id: found.get(id, JobState(reason=why)) for id in ids}, trouble
+    return _Answer({id: found.get(id, JobState(reason=why)) for id in ids}, listed is not None, trouble)
 
 
 def _squeue(ids: Sequence[str]) -> list[str]:

@@ -119,7 +119,7 @@ def flow_phase(
     spans = job.study.training_spans(refit=refit)
     job.processes.first(lambda: _copy_anchor(checkpoint.folder_of(stage1.checkpoints, step), directory.anchor))
     anchor = load_anchor(directory.anchor, job.study, device)
-    predictions = _unseen_predictions(job, directory, anchor, spans, step, watch)
+    predictions = _unseen_predictions(job, directory, anchor, job.study.anchor_spans(refit=refit), step, watch)
 
     torch.manual_seed(config.seed)
     flow = build_flow(config.stage2, shapes_of(job.study)).to(device)
@@ -145,7 +145,10 @@ def _copy_anchor(source: Path, target: Path) -> None:
 def _unseen_predictions(
     job: Job, directory: StageDirectory, anchor: Anchor, spans: Sequence[Span], steps: int, watch: Watch
 ) -> crossfit.Predictions:
-    """What anchors that have not seen them predict for the training TRs; with cross_fit 0, what the anchor does."""
+    """What anchors that have not seen them predict for the TRs of `spans`; with cross_fit 0, what the anchor does.
+
+    They must err as the anchor does: they are trained as it was, on the BOLD of all its subjects.
+    """
     k = job.config.stage2.cross_fit
     predictions = crossfit.Predictions(directory.anchor / "predictions", job.study)
     if not k:

@@ -8,7 +8,7 @@ chose; the refit has no validation of its own, and a refitted flow stands around
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         build_flow(config.stage2, shapes_of(study))
     run = RunDirectory(path)
     if 1 not in stages:
-        check_stage1(config, run)
+        study.stand_on(stage1_config(config, run))
     processes = make_processes(
         precision=config.precision, deterministic=config.deterministic, timeout_s=config.timeout_s
     )
@@ -118,15 +118,23 @@ def check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) 
                 )
 
 
-def check_stage1(config: Config, run: RunDirectory) -> None:
-    """Stage 2 alone stands on a finished stage 1 of the same data and anchor. Raises InputError."""
+def stage1_config(config: Config, run: RunDirectory) -> Config:
+    """The configuration of the finished stage 1 that stage 2 alone stands on.
+
+    It must be of the same data and anchor. Stage 2 may learn from some of its subjects only (`stage2.subjects:
+    separate` as several runs), but not from others, whom the anchor does not know.
+
+    Raises:
+        InputError: stage 1 is not finished, or was trained with another configuration.
+    """
     stage1 = run.stage(1)
     if stage1.finished() is None:
         raise InputError(stage1.path / "finished.json", "missing", fix="Train stage 1 of this run first (--stage 1).")
-    own = ("stage2.", *_MAY_CHANGE)
+    trained = load_config(stage1.config)
+    own = ("stage2.", *_MAY_CHANGE, *_fewer_subjects(trained, config))
     differing = [
         key
-        for key in differing_keys(load_config(stage1.config), config)
+        for key in differing_keys(trained, config)
         if not key.startswith(own)
         and (not key.startswith("datasets.") or key.split(".")[1] in ("train", config.val_set_name))
     ]
@@ -137,6 +145,15 @@ def check_stage1(config: Config, run: RunDirectory) -> None:
             found=f"other values of {', '.join(differing)}",
             fix="Train stage 2 with stage 1's configuration, or both in another --run.",
         )
+    return trained
+
+
+def _fewer_subjects(all_: Config, some: Config) -> Iterator[str]:
+    """The keys by which sets of one configuration take the BOLD of fewer subjects than another's."""
+    for name in all_.datasets.keys() & some.datasets.keys():
+        taken, left = (c.datasets[name].filter.subjects for c in (all_, some))
+        if left is not None and (taken is None or set(left) <= set(taken)):
+            yield f"datasets.{name}.filter.subjects"
 
 
 def train_stage1(job: Job, directory: StageDirectory, watch: Watch) -> None:
