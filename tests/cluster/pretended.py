@@ -1,6 +1,6 @@
 """Tasks that train nothing: they write down that they ran, and do what a file of the test says.
 
-    python -m tests.cluster.pretended CONFIG SETTINGS RUN SHARDS      drives the chain of a run with such tasks
+python -m tests.cluster.pretended CONFIG SETTINGS RUN SHARDS      drives the chain of a run with such tasks
 """
 
 from __future__ import annotations

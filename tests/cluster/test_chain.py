@@ -144,7 +144,9 @@ def test_a_field_for_each_subject_stands_around_one_stage_1() -> None:
     assert told(jobs)["evaluate2.subject_2"] == "afterok:stage1,after:stage2_1"
 
 
-STANDINGS = st.sampled_from([Stage(), Stage("failed"), Stage("finished"), Stage("running", "5"), Stage("running", "6", "7")])
+STANDINGS = st.sampled_from(
+    [Stage(), Stage("failed"), Stage("finished"), Stage("running", "5"), Stage("running", "6", "7")]
+)
 
 
 @st.composite

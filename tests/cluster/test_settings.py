@@ -40,7 +40,9 @@ def test_the_default_file_changes_no_default_but_the_times() -> None:
 
 
 def test_sections_override_the_top_and_the_command_line_both(tmp_path: Path) -> None:
-    text = "{partition: gpu, nodes: 2, time: 12:00:00, sbatch: {exclusive: true}, stage2: {nodes: 1, sbatch: {nice: 5}}}"
+    text = (
+        "{partition: gpu, nodes: 2, time: 12:00:00, sbatch: {exclusive: true}, stage2: {nodes: 1, sbatch: {nice: 5}}}"
+    )
     found = settings(tmp_path, text, "stage1.nodes=4", "stage2.partition=big", "account=me")
     assert (found.of("stage1").partition, found.of("stage1").nodes, found.of("stage1").time) == ("gpu", 4, 720)
     assert (found.of("stage2").partition, found.of("stage2").nodes, found.of("stage2").account) == ("big", 1, "me")
