@@ -89,12 +89,12 @@ def test_shards_are_made_where_there_are_none(make: MakePlan, tmp_path: Path, de
 
 
 def test_no_shards_and_no_way_to_make_them_is_an_error(make: MakePlan, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="data.shards: .* holds no shards .* set shards.layout"):
+    with pytest.raises(InputError, match=r"data\.shards: .* holds no shards .* set shards\.layout"):
         make("{}", f"data.shards={tmp_path / 'none'}")
 
 
 def test_a_bad_key_of_the_training_is_found_before_anything(make: MakePlan, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="stage1.lrr: unknown key"):
+    with pytest.raises(InputError, match=r"stage1\.lrr: unknown key"):
         make("{}", "stage1.lrr=3")
     assert not (tmp_path / "run").exists()
 

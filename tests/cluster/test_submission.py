@@ -62,8 +62,8 @@ def test_a_script_holds_what_was_asked_for(make: MakePlan) -> None:
     plan = make(SETTINGS)
     lines = lines_of(plan, "stage1")
     for option in (
-        "partition=gpu", "nodes=2", "ntasks-per-node=4", "cpus-per-task=8", "mem=512MB", "time=720", "exclusive", "nice=5",
-        "signal=USR2@120", "requeue", "open-mode=append", "job-name=stage1",
+        "partition=gpu", "nodes=2", "ntasks-per-node=4", "cpus-per-task=8", "mem=512MB", "time=720", "exclusive",
+        "nice=5", "signal=USR2@120", "requeue", "open-mode=append", "job-name=stage1",
         f"output={plan.home}/slurm/%j_0_log.out", f"error={plan.home}/slurm/%j_0_log.err",
     ):  # fmt: skip
         assert f"#SBATCH --{option}" in lines
@@ -159,13 +159,13 @@ def test_a_missing_sbatch_says_where_to_go(make: MakePlan, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid partition "
-         "name specified", ["Invalid partition name", "found nope", "slurm.partition=", "`sinfo`"]),
+        ("sbatch: error: invalid partition specified: nope\n"
+         "sbatch: error: Batch job submission failed: Invalid partition name specified", ["Invalid partition name", "found nope", "slurm.partition=", "`sinfo`"]),
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
          ["slurm.account=", "sacctmgr"]),
         ("allocation failure: Requested node configuration is not available", ["nodes, tasks_per_node", "sinfo"]),
-        ("sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: Requested "
-         "node configuration is not available", ["slurm.mem_gb="]),
+        ("sbatch: error: Memory specification can not be satisfied\n"
+         "sbatch: error: Batch job submission failed: Requested node configuration is not available", ["slurm.mem_gb="]),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
          ["Unable to contact slurm controller", "--dry-run"]),
     ],

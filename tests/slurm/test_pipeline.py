@@ -1,4 +1,4 @@
-"""slurm/pipeline.py on a real cluster: the chain of 2 nodes x 2 tasks, its order, its errors, and what a failure cancels."""
+"""slurm/pipeline.py on a real cluster: 2 nodes x 2 tasks, their order, errors, what a failure cancels."""
 
 from __future__ import annotations
 
