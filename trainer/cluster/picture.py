@@ -6,6 +6,8 @@
        └─ stage2         104   2 x 4 tasks   12 h     if stage1 ends well; else cancelled
           └─ evaluate2   105   1 task        24 h     starts with stage2, ends when all is scored
     report               106   1 task        30 min   when all of them have ended
+
+The links of a stage, and the workers of a job array, are one line.
 """
 
 from __future__ import annotations
