@@ -160,12 +160,14 @@ def test_a_missing_sbatch_says_where_to_go(make: MakePlan, tmp_path: Path, monke
     ("text", "parts"),
     [
         ("sbatch: error: invalid partition specified: nope\n"
-         "sbatch: error: Batch job submission failed: Invalid partition name specified", ["Invalid partition name", "found nope", "slurm.partition=", "`sinfo`"]),
+         "sbatch: error: Batch job submission failed: Invalid partition name specified",
+         ["Invalid partition name", "found nope", "slurm.partition=", "`sinfo`"]),
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified",
          ["slurm.account=", "sacctmgr"]),
         ("allocation failure: Requested node configuration is not available", ["nodes, tasks_per_node", "sinfo"]),
         ("sbatch: error: Memory specification can not be satisfied\n"
-         "sbatch: error: Batch job submission failed: Requested node configuration is not available", ["slurm.mem_gb="]),
+         "sbatch: error: Batch job submission failed: Requested node configuration is not available",
+         ["slurm.mem_gb="]),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
          ["Unable to contact slurm controller", "--dry-run"]),
     ],

@@ -1,8 +1,13 @@
 """A chain of jobs as a small tree of text: what is submitted, how large it is, and what it waits for.
 
-shards         101    1 x 16 tasks    4 h
-└─ stage1      102    2 x 4 tasks    12 h   if shards ends well
-   ├─ evaluate1  ...
+    shards               101   16 tasks      4 h
+    └─ stage1            102   2 x 4 tasks   12 h     if shards ends well; else cancelled
+       ├─ evaluate1      103   1 task        24 h     starts with stage1, ends when all is scored
+       └─ stage2         104   2 x 4 tasks   12 h     if stage1 ends well; else cancelled
+          └─ evaluate2   105   1 task        24 h     starts with stage2, ends when all is scored
+    report               106   1 task        30 min   when all of them have ended
+
+The links of a stage, and the workers of a job array, are one line.
 """
 
 from __future__ import annotations
