@@ -73,7 +73,7 @@ class Plain:
         layout = ROOT / "configs" / "datasets" / "algonauts2025.yaml"
         shards = ["--layout", str(layout), "--root", str(source), "--out", f"{self.run}.shards", "--features", stream]
         # with all its transports, what MPICH tells of itself is at times longer than SLURM 22.05's PMI-2 can read
-        return self._submit("shards", WORLDS[2], shards, UCX_TLS="tcp,self")
+        return self._submit("shards", WORLDS[2], shards)
 
     def _submit(self, name: str, options: Sequence[str], arguments: list[str], **settings: str) -> str:
         logs = self.run / "slurm"

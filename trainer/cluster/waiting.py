@@ -111,12 +111,13 @@ def _until_over(
     """The states once all jobs are over; None where a signal came first."""
     before: dict[str, str] = {}
     known = time.monotonic()
+    width, id_width = (max(map(len, column)) for column in zip(*((part.key, part.id) for part in parts), strict=True))
     while not stop.requested:
         states = ask([part.id for part in parts])
         for part in parts:
             word = _word(states[part.id])
             if word and word != before.get(part.id):
-                say(f"{time.strftime('%H:%M:%S')}  {part.key:<12}{part.id:<8}{word}")
+                say(f"{time.strftime('%H:%M:%S')}  {part.key:<{width}}  {part.id:<{id_width}}  {word}")
                 before[part.id] = word
         unknown = [part for part in parts if not states[part.id].state]
         if not unknown:
