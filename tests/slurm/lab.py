@@ -50,7 +50,7 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            # the nodes are one machine, and MPI would look for memory that they share, which they do not have
+            # with all its transports, what MPICH tells of itself is at times longer than SLURM 22.05's PMI-2 can read
             "UCX_TLS": "tcp,self",
         }
         """Of everything that is run on the cluster, and of what submits to it."""

@@ -72,7 +72,6 @@ class Plain:
         """Submit the building of shards on two nodes; returns the job's number."""
         layout = ROOT / "configs" / "datasets" / "algonauts2025.yaml"
         shards = ["--layout", str(layout), "--root", str(source), "--out", f"{self.run}.shards", "--features", stream]
-        # with all its transports, what MPICH tells of itself is at times longer than SLURM 22.05's PMI-2 can read
         return self._submit("shards", WORLDS[2], shards)
 
     def _submit(self, name: str, options: Sequence[str], arguments: list[str], **settings: str) -> str:
