@@ -21,7 +21,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.run.alive import CounterWatch, Owner, Pulse
-from trainer.run.files import as_json, read_json, write_json, write_new
+from trainer.run.files import as_json, read_object, write_json, write_new
 
 BEAT_EVERY_S = 5.0
 STALE_AFTER_S = 30.0
@@ -58,10 +58,10 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     number, path = newest_start(folder), folder / "heartbeat.json"
     if not number:
         return None
-    beat = read_json(path) if path.exists() else {}
+    beat = read_object(path) if path.exists() else {}
     if beat.get("start") == number:
         return dict(beat)
-    start = read_json(folder / "starts" / f"{number}.json")
+    start = read_object(folder / "starts" / f"{number}.json", "host", "pid")
     begun = {"step": 0, "total": 0, "title": "", "time": start.get("time", 0.0), "start": number, "count": 0}
     return {**begun, **asdict(Owner.read(start))}
 
