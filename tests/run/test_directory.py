@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import InputError
+from trainer.run import directory
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
 
 
@@ -85,6 +86,22 @@ def test_lines_of_the_log_that_are_none_are_left_out(tmp_path: Path) -> None:
         file.write(b'null\n[1]\n5\n"x"\n{}\n\xff\xfe\n')  # a block of a file that was copied half-way
     stage.append_metrics(kind="train", step=2, loss=8.0)
     assert [line["loss"] for line in stage.read_metrics()] == [9.0, 8.0]
+
+
+def test_the_readme_and_the_docstring_list_what_a_run_holds() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    listing = readme.partition("A run directory:\n\n```\n")[2].partition("```")[0]
+    for name in (*directory._OURS, "refit", "checkpoints", "logs", "scores", "claims", "anchor"):
+        assert f"{name}/" in listing, name
+        assert f"{name}/" in (directory.__doc__ or ""), name
+
+
+def test_what_scoring_leaves_beside_deleted_stages_is_no_stranger(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for name in ("ceilings/val.json", "ensemble/test.json", "figures/loss.pdf", "report.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    run.claim([1], resume=False, overwrite=False)
 
 
 NO_OBJECT = [b"", b"{", b"null", b"[1]", b"5", b'"x"', b"\xff"]

@@ -2,9 +2,12 @@
 
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
     RUN/stage1/claims/     what is being scored, and by which worker
-    RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
-    RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
-    RUN/*.png              figures
+    RUN/stage1/refit/      checkpoints/  logs/  scores/  claims/, where `train.refit` trains again on train + validation
+    RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied; its folds and what they predict)
+    RUN/ceilings/          what bounds the scores of a set, from the first that is full (scoring/ceilings.py)
+    RUN/ensemble/          scores of averages of checkpoints
+    RUN/report.html        a report, and figures/ that it shows
+    RUN/*.png              what a training draws at its end
 
 Whoever trains, scores, draws or reports reads and writes a run through these two classes, so the layout is said once.
 Every file has one writer and appears whole: it is written aside and renamed.
@@ -190,7 +193,7 @@ class RunDirectory:
             shutil.rmtree(deleted)
 
 
-_OURS = {"stage1", "stage2", "figures"}
+_OURS = {"stage1", "stage2", "ceilings", "ensemble", "figures"}
 _OURS_ASIDE = (".probe.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 
