@@ -102,10 +102,30 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(
     assert "holds another training" in refused(capsys, *arguments)
     before = (debug_run / "stage2" / "finished.json").read_text()
     assert main([*arguments, "--resume"]) == 0
-    assert "Stage 2 is finished" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Stage 2 is finished" in out and "--overwrite" not in out
     assert (debug_run / "stage2" / "finished.json").read_text() == before
     message = refused(capsys, *arguments, "--resume", "stage1.lr=0.5", "num_samples=40")
     assert "found other values of num_samples, stage1.lr" in message
+
+
+def test_more_steps_of_a_finished_stage_are_not_trained_and_it_says_what_to_do(
+    debug_config: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = tmp_path / "run" / "stage1"
+    arguments = ["train", "--config", str(debug_config), "--run", str(stage.parent), f"data.shards={tiny_shards}"]
+    arguments += ["--stage", "1"]
+    assert main([*arguments, "stage1.max_steps=4"]) == 0
+    for max_steps, said in (
+        (4, f"Stage 1 is finished: {stage}"),
+        (2, f"Stage 1 is finished: {stage}"),
+        (12, f"Stage 1 is finished at step 4, and the configuration now asks for 12: {stage} stays as it is. Give "),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, "--resume", f"stage1.max_steps={max_steps}"]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "is finished" in line)
+        assert line.startswith(said) and ("--overwrite" in line) == (max_steps == 12)
+    assert checkpoint.steps(stage / "checkpoints")[-1] == 4
 
 
 @pytest.mark.parametrize(

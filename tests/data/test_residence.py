@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from multiprocessing.queues import Queue
 from pathlib import Path
+from subprocess import PIPE
 
 import h5py
 import numpy as np
@@ -19,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.conftest import PARCELS, Invented
+from tests.pipes import line
 from tools.make_shards import main
 from trainer.config import Filter
 from trainer.data import sharing
@@ -216,10 +221,54 @@ def test_a_copy_that_fails_is_tried_by_the_next_and_ends_with_its_owner() -> Non
     assert again.array.tolist() == [3] * 10
 
 
-def test_waiting_for_another_process_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_another_process_is_bounded_and_says_for_whom(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = f"test-wait-{os.getpid()}"
     silent = sharing._bind(sharing._address(name))
     assert silent is not None
-    monkeypatch.setattr(sharing, "PATIENCE_S", 0.2)
-    with silent, pytest.raises(InputError, match="has not finished"):
+    monkeypatch.setattr(sharing, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(sharing, "ANSWER_S", 0.1)
+    process = f"process {os.getpid()} on {platform.node()}"
+    with silent, pytest.raises(InputError, match=rf"{process}, which copies .* has not finished"):
         SharedMemory(name, 10, lambda memory: None)
+    assert capsys.readouterr().out.count(f"data.residence: waiting for {process}, which copies the same data") == 1
+
+
+OWNER = """
+import sys
+from trainer.data.sharing import SharedMemory
+
+def fill(memory):
+    memory[:] = 7
+    if sys.argv[2] == "filling":
+        print("there", flush=True)
+        sys.stdin.readline()
+
+shared = SharedMemory(sys.argv[1], 10, fill)
+print("there", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("when", ["filling", "serving"])
+def test_who_is_stopped_is_passed_over_by_all_others_to_one_copy_of_theirs(
+    when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"test-stopped-{when}-{os.getpid()}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", OWNER, name, when]
+    with subprocess.Popen(command, env=environment, stdin=PIPE, stdout=PIPE, text=True) as owner:
+        try:
+            assert line(owner) == "there" and is_shared(name)
+            owner.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, owner.pid, os.WSTOPPED)
+            assert not is_shared(name)
+            monkeypatch.setattr(sharing, "ANSWER_S", 0.1)
+            mine = SharedMemory(name, 10, lambda memory: memory.fill(3))
+            assert f"process {owner.pid} on {platform.node()}, which has the same data" in capsys.readouterr().out
+            assert mine.filled_here and is_shared(name)
+            again = SharedMemory(name, 10, lambda memory: memory.fill(4))
+            assert not again.filled_here and again.array.tolist() == [3] * 10
+        finally:
+            owner.kill()

@@ -209,7 +209,9 @@ def test_a_set_without_bold_can_neither_be_trained_on_nor_validate(later: Invent
         with pytest.raises(InputError, match=rf"datasets\.{name}: no run of this set has BOLD"):
             Study(configured(tmp_path / "out", **{name: {"films": ["gamma"]}}))
     study = Study(configured(tmp_path / "out", gamma={"films": ["gamma"]}))
-    with pytest.raises(InputError, match=r"no run of this set has BOLD.*found gamma, expected one of train, val"):
+    with pytest.raises(
+        InputError, match=r"no run of this set has BOLD.*`predict --set gamma`.*expected one of train, val"
+    ):
         study.check_scorable("gamma")
     with pytest.raises(InputError, match="no such set in the run: found gama, expected one of train, val, gamma"):
         study.check_scorable("gama")

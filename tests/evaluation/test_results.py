@@ -50,6 +50,24 @@ def test_torn_files_are_named_and_the_rest_is_read(copy: Path) -> None:
     assert results.stages[2].find("test", "sample") is None
 
 
+def test_files_that_hold_something_else_are_named_and_the_rest_is_read(copy: Path) -> None:
+    stage = RunDirectory(copy).stage(1)
+    others = [
+        stage.path / "finished.json",
+        stage.path / "starts" / "1.json",
+        next(stage.scores.glob("*-test-mean.json")),
+    ]
+    for path, content in zip(others, ("[1]", "5", "null"), strict=True):
+        path.write_text(content)
+    with stage.metrics.open("ab") as file:
+        file.write(b"null\n[1]\n\xff\n")
+    results = read_results(copy)
+    for path in others[::2]:
+        assert any(note.startswith(f"{path}: cannot be read: found ") for note in results.notes)
+    assert results.stages[1].curves.loss and results.stages[1].find("val") and not results.stages[1].find("test")
+    assert results.stages[2].find("test")
+
+
 def test_an_array_of_other_subjects_is_not_taken_for_these(copy: Path) -> None:
     path = next((copy / "stage1" / "scores").glob("*-test-mean.npy"))
     np.save(path, np.zeros((3, 20)))

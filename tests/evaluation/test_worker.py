@@ -291,6 +291,20 @@ def test_a_set_with_one_run_is_scored_and_an_unknown_set_is_refused(
     assert "found tset, expected one of train, val, test, one" in capsys.readouterr().err
 
 
+def test_a_set_without_bold_is_refused_with_what_it_is_good_for(
+    debug_run: Path, tmp_path: Path, hurry: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_crowd(debug_run, tmp_path / "run", [3])
+    config = yaml.safe_load(run.stage(1).config.read_text())
+    config["datasets"]["s7"] = {"filter": {"seasons": [7]}}
+    run.stage(1).config.write_text(yaml.safe_dump(config, sort_keys=False))
+    for command in ("watch", "evaluate"):
+        assert main([command, str(run.path), "--set", "s7"]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: --set: no run of this set has BOLD: only `predict --set s7` has a use for it")
+        assert line.count("\n") == 1 and line.endswith("found s7, expected one of train, val, test\n")
+
+
 def test_any_number_of_processes_gives_the_scores_of_one(debug_run: Path, tmp_path: Path, hurry: None) -> None:
     alone = make_crowd(debug_run, tmp_path / "alone", [3, 4, 5])
     damage(alone, 4)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.errors import InputError
+from trainer.run import directory
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
 
 
@@ -76,6 +77,51 @@ def test_of_lines_that_a_resume_repeats_the_later_counts(tmp_path: Path) -> None
         file.write('{"kind": "tr')  # a crash in the middle of a line
     stage.append_metrics(kind="train", step=3, loss=6.0)
     assert [line["loss"] for line in stage.read_metrics()] == [9.0, 7.0, 6.0]
+
+
+def test_lines_of_the_log_that_are_none_are_left_out(tmp_path: Path) -> None:
+    stage = StageDirectory(tmp_path)
+    stage.append_metrics(kind="train", step=1, loss=9.0)
+    with stage.metrics.open("ab") as file:
+        file.write(b'null\n[1]\n5\n"x"\n{}\n\xff\xfe\n')  # a block of a file that was copied half-way
+    stage.append_metrics(kind="train", step=2, loss=8.0)
+    assert [line["loss"] for line in stage.read_metrics()] == [9.0, 8.0]
+
+
+def test_the_readme_and_the_docstring_list_what_a_run_holds() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    listing = readme.partition("A run directory:\n\n```\n")[2].partition("```")[0]
+    for name in (*directory._OURS, "refit", "checkpoints", "logs", "scores", "claims", "anchor"):
+        assert f"{name}/" in listing, name
+        assert f"{name}/" in (directory.__doc__ or ""), name
+
+
+def test_what_scoring_leaves_beside_deleted_stages_is_no_stranger(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    for name in ("ceilings/val.json", "ensemble/test.json", "figures/loss.pdf", "report.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    run.claim([1], resume=False, overwrite=False)
+
+
+NO_OBJECT = [b"", b"{", b"null", b"[1]", b"5", b'"x"', b"\xff"]
+
+
+@pytest.mark.parametrize("content", [*NO_OBJECT, b"{}"])
+def test_an_end_that_cannot_be_read_is_named_and_not_taken_for_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "finished.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"finished\.json: cannot be read: found "):
+        StageDirectory(tmp_path).finished()
+
+
+@pytest.mark.parametrize("content", NO_OBJECT)
+def test_a_score_file_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    stage = StageDirectory(tmp_path)
+    write_json(stage.scores / "step_00000001-val-distribution.json", {"of": "another kind"})
+    path = stage.scores / "step_00000001-val-mean.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"{path.name}: cannot be read: found "):
+        list(stage.read_scores())
 
 
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:

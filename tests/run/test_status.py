@@ -159,6 +159,25 @@ def test_a_run_on_this_host_from_its_files(tmp_path: Path, capsys: pytest.Captur
     assert "Stage 2: waiting\n  why        not started" in out
 
 
+@pytest.mark.parametrize(
+    "name", ["finished.json", "heartbeat.json", "starts/1.json", "scores/step_00000002-val-mean.json"]
+)
+@pytest.mark.parametrize("content", ["", '{"step": 2, "se', "null", "[1]"])
+def test_a_file_that_is_torn_or_another_is_one_line_that_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    stage = RunDirectory(tmp_path).stage(1)
+    with Heartbeat(stage.path, stage.begin("seed: 1\n")):
+        stage.append_metrics(kind="train", step=2, loss=0.5, windows_per_s=100.0)
+    (stage.path / name).parent.mkdir(exist_ok=True)
+    (stage.path / name).write_text(content)
+    if name.startswith("starts"):
+        (stage.path / "heartbeat.json").unlink()  # else nobody asks
+    assert main(["status", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {stage.path / name}: cannot be read: found ") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("age", [3, -3])
 def test_a_beat_of_another_host_that_looks_young_is_believed(
     tmp_path: Path, age: float, monkeypatch: pytest.MonkeyPatch

@@ -30,8 +30,9 @@ from trainer.data.manifest import (
     write_statistics,
 )  # fmt: skip
 from trainer.data.ranks import Crew
+from trainer.data.runs import RunPlan, Source, StreamRequest
 from trainer.data.shards import SampleContent, extension, write_shard
-from trainer.data.survey import RunPlan, Source, StreamRequest, Survey, opened
+from trainer.data.survey import Survey, opened
 from trainer.data.unfinished import ShardResult, WorkFolder, new_folder
 from trainer.errors import InputError
 from trainer.progress import Tick, silent

@@ -2,7 +2,8 @@
 
 It is a sealed, anonymous file; who has it hands it to others through an abstract socket, whose name is made of what is
 in it. Nothing is written to any file system, so no crash leaves anything behind, and the small /dev/shm of a container
-is no limit.
+is no limit. Who is stopped (a suspended job) answers nobody: the others pass it over, to another memory of their own,
+whose name follows from the first one's and the process, so that they share that.
 """
 
 from __future__ import annotations
@@ -11,19 +12,24 @@ import contextlib
 import fcntl
 import mmap
 import os
+import platform
 import socket
 import struct
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from trainer.errors import InputError
+from trainer.progress import say
 
 PATIENCE_S = 600.0
 """How long a process waits for another one of its node to fill the memory."""
+ANSWER_S = 5.0
+"""After how long a wait is said, and one who is stopped is waited for no more."""
 
 
 class Filler(Protocol):
@@ -45,12 +51,13 @@ class SharedMemory:
     """
 
     def __init__(self, name: str, size: int, fill: Filler) -> None:
-        address = _address(name)
-        deadline = time.monotonic() + PATIENCE_S
         file, listener = None, None
         while file is None:
-            listener = _bind(address)
-            file = _ask(address, deadline) if listener is None else _fill(listener, size, fill)
+            listener = _bind(_address(name))
+            if listener is not None:
+                file = _fill(listener, size, fill)
+            else:
+                file, name = _wait(name)
         self.filled_here = listener is not None
         self.array = np.frombuffer(mmap.mmap(file, size, prot=mmap.PROT_READ), np.uint8)
         if listener is None:
@@ -62,10 +69,13 @@ class SharedMemory:
 
 
 def is_shared(name: str) -> bool:
-    """Whether a process of this node has the memory of that name, or fills it."""
+    """Whether a process of this node has the memory of that name, or fills it, and will hand it out."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(5.0)
-        return connection.connect_ex(_address(name)) == 0
+        connection.settimeout(ANSWER_S)
+        if connection.connect_ex(_address(name)) != 0:
+            return False
+        owner, _ = _peer(connection)
+    return is_shared(_name_without(name, owner)) if _is_stopped(owner) else True
 
 
 def _address(name: str) -> str:
@@ -109,7 +119,7 @@ def _serve(listener: socket.socket, file: int) -> None:
             os.close(file)
             return
         with connection, contextlib.suppress(OSError):
-            if _peer(connection) == os.getuid():
+            if _peer(connection)[1] == os.getuid():
                 socket.send_fds(connection, [b"x"], [file])
 
 
@@ -119,28 +129,72 @@ def _stop(listener: socket.socket) -> None:
     listener.close()
 
 
-def _ask(address: str, deadline: float) -> int | None:
-    """The file of the process that listens; None where there is no answer yet, or never will be."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise InputError(
-            "data.residence",
-            f"the process of this node that copies the data has not finished in {PATIENCE_S:.0f} s",
-            fix="Use data.residence: disk, or see what that process does.",
-        )
+def _wait(name: str) -> tuple[int | None, str]:
+    """The file of the process that has a name; None where it has ended, or is stopped; and the name to go on with."""
+    begun, told = time.monotonic(), False
+    while True:
+        try:
+            file, owner = _ask(_address(name))
+        except ConnectionRefusedError:  # it has ended, or does not listen yet
+            time.sleep(0.05)
+            return None, name
+        waited = time.monotonic() - begun
+        if file is not None:
+            return file, name
+        process = f"process {owner} on {platform.node()}" if owner else "a process of this node"
+        if waited >= ANSWER_S and _is_stopped(owner):
+            say(f"data.residence: {process}, which has the same data in memory, is stopped: they are copied once more")
+            return None, _name_without(name, owner)
+        if waited >= PATIENCE_S:
+            raise InputError(
+                "data.residence",
+                f"{process}, which copies the data into shared memory, has not finished in {PATIENCE_S:.0f} s",
+                fix="Use data.residence: disk, or see what that process does.",
+            )
+        if waited >= ANSWER_S and not told:
+            say(f"data.residence: waiting for {process}, which copies the same data into memory that both will read")
+            told = True
+
+
+def _ask(address: str) -> tuple[int | None, int]:
+    """The file of the process that listens, None where it does not answer within `ANSWER_S`; and its number.
+
+    The number is 0 where it cannot be told. Raises ConnectionRefusedError where nobody listens.
+    """
+    owner, files = 0, []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(min(left, 5.0))
+        connection.settimeout(min(ANSWER_S, PATIENCE_S))
         try:
             connection.connect(address)
-            files = socket.recv_fds(connection, 1, 1)[1] if _peer(connection) == os.getuid() else []
+            owner, user = _peer(connection)
+            files = socket.recv_fds(connection, 1, 1)[1] if user == os.getuid() else []
+        except TimeoutError:
+            return None, owner
+        except ConnectionRefusedError:
+            raise
         except OSError:
-            files = []
+            pass
     if not files:
-        time.sleep(min(0.05, left))
-    return files[0] if files else None
+        time.sleep(0.05)
+    return (files[0] if files else None), owner
 
 
-def _peer(connection: socket.socket) -> int:
-    """The user of the process at the other end."""
+def _name_without(name: str, owner: int) -> str:
+    """The name of what those share who pass over the stopped owner of a name."""
+    return f"{name}.{owner}"
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a process of this node is stopped, by a signal or a debugger."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # it has ended, or cannot be seen from here
+        return False
+    return state in ("T", "t")
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
+    """The process at the other end, and its user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
+    process, user, _ = struct.unpack("3i", credentials)
+    return int(process), int(user)

@@ -71,7 +71,8 @@ class Study:
             raise InputError(where, "no such set in the run", found=name, expected=f"one of {', '.join(self.unseen)}")
         if name not in self.spans:
             known = f"one of {', '.join(self.spans)}"
-            raise InputError(where, "no run of this set has BOLD: it can be predicted only", found=name, expected=known)
+            what = f"no run of this set has BOLD: only `predict --set {name}` has a use for it"
+            raise InputError(where, what, found=name, expected=known)
 
     def check_apart(self, name: str, other: str, seen: Sequence[Span]) -> None:
         """Raise InputError where a set holds TRs of `seen`, the spans of `other`: it would judge by what was seen."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,54 +17,19 @@ import h5py
 
 from trainer.data.layout import BoldPattern, Layout, RunGroups, fill, find_files, pattern_regex
 from trainer.data.manifest import Skipped, Stream
+from trainer.data.runs import (
+    RunPlan,
+    Source,
+    StreamRequest,
+    common_length,
+    describe_stream,
+    predicted_length,
+    unlike_others,
+)
 from trainer.data.shards import extension
 from trainer.data.targets import find_targets
 from trainer.errors import InputError
 from trainer.progress import watched
-
-MAX_TRS_APART = 2
-"""Scans of one run differ by a TR or two, and features from the BOLD; more than that is a mistake in the data."""
-
-
-@dataclass(frozen=True)
-class StreamRequest:
-    """A stream to build: where to look for it, and how to store it."""
-
-    name: str
-    folders: tuple[str, ...]
-    datasets: tuple[str, ...]
-    pool: bool
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """One HDF5 data set."""
-
-    file: Path
-    dataset: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.dataset}"
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """One run and repeat with all that belongs to it; `bold` by subject label, `features` by stream.
-
-    `wanted` says of a run without BOLD how many TRs of each subject are to be predicted, where that is known.
-    """
-
-    key: str
-    series: str
-    run: str
-    repeat: int
-    groups: RunGroups
-    bold: Mapping[str, Source]
-    features: Mapping[str, Source]
-    n_trs: int
-    wanted: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,7 +113,7 @@ def survey(
     bad: dict[str, InputError] = {}
     surveyed = (_survey_series(layout, root, name, streams, notes, bad if skip_bad else None) for name in chosen)
     runs = [run for series_runs in surveyed for run in series_runs]
-    odd = _unlike_others(runs, streams)
+    odd = unlike_others(runs, streams)
     if odd and not skip_bad:
         raise next(iter(odd.values()))
     bad |= odd
@@ -170,7 +134,7 @@ def survey(
         absent = [label for label in layout.subjects if label not in run.bold]
         if run.bold and absent:
             notes.append(f"{run.key}: no BOLD of subject {', '.join(absent)}")
-    described = tuple(_describe_stream(request, runs[0].features[request.name]) for request in streams)
+    described = tuple(describe_stream(request, runs[0].features[request.name]) for request in streams)
     parcels = next(scan.shape[1] for run in runs for scan in run.bold.values())
     skipped = tuple(Skipped(key, str(error)) for key, error in bad.items())
     return Survey(tuple(runs), described, parcels, tuple(notes), skipped)
@@ -201,8 +165,8 @@ def _survey_series(
             raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
         try:
             features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
-            length = _common_length(scan.bold.values(), features.values()) if scan.bold else None
-            n_trs = length or _predicted_length(run, scan.wanted, features.values())
+            length = common_length(scan.bold.values(), features.values()) if scan.bold else None
+            n_trs = length or predicted_length(run, scan.wanted, features.values())
         except InputError as error:
             if bad is None:
                 raise
@@ -348,89 +312,3 @@ def _feature_source(
         f"no data set {' or '.join(request.datasets)} for stream {request.name}",
         found=", ".join(nearest) + (", ..." if len(names) > len(nearest) else "") if names else "an empty file",
     )
-
-
-def _common_length(bold: Iterable[Source], features: Iterable[Source]) -> int:
-    """TRs that a run is cut to: the shortest scan. Raises InputError where lengths are more than 2 TRs apart."""
-    scans = sorted(bold, key=lambda source: source.shape[0])
-    shortest, longest = scans[0], scans[-1]
-    n_trs = shortest.shape[0]
-    if longest.shape[0] - n_trs > MAX_TRS_APART:
-        raise InputError(
-            str(shortest),
-            "length",
-            found=f"{n_trs} TRs",
-            expected=f"within {MAX_TRS_APART} TRs of the {longest.shape[0]} TRs of {longest}",
-        )
-    for source in features:
-        if not n_trs - MAX_TRS_APART <= source.shape[0] <= longest.shape[0] + MAX_TRS_APART:
-            raise InputError(
-                str(source),
-                "length",
-                found=f"{source.shape[0]} TRs",
-                expected=f"within {MAX_TRS_APART} TRs of the {n_trs} TRs of the BOLD {shortest}",
-                fix="Features have one row a TR, from the first TR of the run.",
-            )
-    return n_trs
-
-
-def _predicted_length(run: str, wanted: Mapping[str, int], features: Iterable[Source]) -> int:
-    """TRs of a run without BOLD: the most that are wanted of a subject, else those of the shortest stream.
-
-    Raises InputError where lengths are more than 2 TRs apart.
-    """
-    by_length = sorted(features, key=lambda source: source.shape[0])
-    lengths = sorted(wanted.values()) or [by_length[0].shape[0]]
-    if lengths[-1] - lengths[0] > MAX_TRS_APART:
-        expected = f"subjects within {MAX_TRS_APART} TRs of each other"
-        raise InputError("target_sample_number", f"run {run}", found=dict(wanted), expected=expected)
-    for source in by_length:
-        if not lengths[0] - MAX_TRS_APART <= source.shape[0] <= lengths[-1] + MAX_TRS_APART:
-            of = "target_sample_number" if wanted else str(by_length[0])
-            raise InputError(
-                str(source),
-                "length",
-                found=f"{source.shape[0]} TRs",
-                expected=f"within {MAX_TRS_APART} TRs of the {lengths[0]} TRs of {of}",
-                fix="Features have one row a TR, from the first TR of the run.",
-            )
-    return lengths[-1] if wanted else lengths[0]
-
-
-def _unlike_others(runs: Sequence[RunPlan], requests: Sequence[StreamRequest]) -> dict[str, InputError]:
-    """The runs whose parcels or widths are not those of most data sets, with the first mistake of each."""
-    scans = [(run.key, source, source.shape[1:]) for run in runs for source in run.bold.values()]
-    bad = _odd_ones(scans, "parcels")
-    for request in requests:
-        sources = [(run.key, run.features[request.name]) for run in runs]
-        rows = [(key, source, _row(request, source)) for key, source in sources]
-        bad = {**_odd_ones(rows, "width"), **bad}
-    return bad
-
-
-def _odd_ones(described: Sequence[tuple[str, Source, tuple[int, ...]]], what: str) -> dict[str, InputError]:
-    if not described:
-        return {}
-    usual = Counter(shape for _, _, shape in described).most_common(1)[0][0]
-    example = next(source for _, source, shape in described if shape == usual)
-    odd: dict[str, InputError] = {}
-    for key, source, shape in described:
-        if shape != usual:
-            expected = f"{_joined(usual)} as in {example}"
-            odd.setdefault(key, InputError(str(source), what, found=_joined(shape), expected=expected))
-    return odd
-
-
-def _joined(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _row(request: StreamRequest, source: Source) -> tuple[int, ...]:
-    """The shape of one TR as it will be stored: (D,) or (L, D)."""
-    pooled = len(source.shape) == 3 and (request.pool or source.shape[1] == 1)
-    return source.shape[-1:] if pooled else source.shape[1:]
-
-
-def _describe_stream(request: StreamRequest, source: Source) -> Stream:
-    row = _row(request, source)
-    return Stream(request.name, row[0] if len(row) == 2 else 1, row[-1], request.dtype)

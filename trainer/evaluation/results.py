@@ -21,7 +21,7 @@ from trainer.errors import InputError
 from trainer.evaluation.curves import Curves, Points
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
-from trainer.run.files import read_json
+from trainer.run.files import read_object
 from trainer.run.status import StageStatus, read_facts, stage_status
 
 Value = TypeVar("Value")
@@ -206,7 +206,7 @@ def _read_manifest(shards: str) -> Manifest | None:
 def _read_stage(run: RunDirectory, number: int, config: Config | None, reader: _Reader) -> StageResults:
     directory = run.stage(number)
     scores = _scores(directory, reader)
-    finished = reader.get(read_json, directory.path / "finished.json")
+    finished = reader.get(read_object, directory.path / "finished.json")
     validation = config.val_set_name if config else ""
     step = finished.get("step") if finished else checkpoint.best_step((score for _, score in scores), validation)
     if step is None and scores:
@@ -239,8 +239,8 @@ def _read_stage(run: RunDirectory, number: int, config: Config | None, reader: _
 def _scores(directory: StageDirectory, reader: _Reader) -> list[tuple[Path, dict[str, Any]]]:
     """The score files with their paths; other files of the folder (of a distribution, say) are no scores."""
     wanted = {"step", "set", "estimate", "subjects"}
-    read = [(path, reader.get(read_json, path)) for path in sorted(directory.scores.glob("*.json"))]
-    return [(path, score) for path, score in read if isinstance(score, dict) and wanted <= score.keys()]
+    read = [(path, reader.get(read_object, path)) for path in sorted(directory.scores.glob("*.json"))]
+    return [(path, score) for path, score in read if score is not None and wanted <= score.keys()]
 
 
 def _read_scored(number: int, refitted: bool, path: Path, score: dict[str, Any], reader: _Reader) -> Scored:
@@ -254,8 +254,8 @@ def _read_scored(number: int, refitted: bool, path: Path, score: dict[str, Any],
 
 def _read_distribution(stem: str, reader: _Reader) -> Distribution | None:
     path = Path(f"{stem}-distribution.json")
-    facts = reader.get(read_json, path)
-    if not isinstance(facts, dict):
+    facts = reader.get(read_object, path)
+    if facts is None:
         return None
     return Distribution(facts, reader.arrays(path.with_suffix(".npz")) or {})
 
@@ -286,5 +286,5 @@ def _points(log: Sequence[Mapping[str, Any]], kind: str, key: str) -> Points:
 def _read_starts(directory: StageDirectory, reader: _Reader) -> list[dict[str, Any]]:
     paths = [path for path in (directory.path / "starts").glob("*.json") if path.stem.isdigit()]
     paths.sort(key=lambda path: int(path.stem))
-    read = [(path, reader.get(read_json, path)) for path in paths]
-    return [{**start, "start": int(path.stem)} for path, start in read if isinstance(start, dict)]
+    read = [(path, reader.get(read_object, path)) for path in paths]
+    return [{**start, "start": int(path.stem)} for path, start in read if start is not None]

@@ -19,7 +19,6 @@ import torch
 
 from trainer.config import load_config
 from trainer.data.study import Study
-from trainer.errors import InputError
 from trainer.evaluation.held import Settling, content_of, hold, let_go, let_go_of, score_if_whole
 from trainer.evaluation.lifetime import Life, StageState, first_config, pause, state_of
 from trainer.evaluation.todo import Part, Remaining, Unit, parts_of, remaining
@@ -288,13 +287,11 @@ def sets_of(study: Study, names: Sequence[str] | None, *, refit: bool) -> list[s
     """The sets to score of a part: all that it was not trained on, or those of `names` that a refit was not trained on.
 
     Raises:
-        InputError: the run has no set of such a name.
+        InputError: the run has no set of such a name, or no run of it has BOLD.
     """
     apart = study.scored_sets(refit=refit)
     if not names:
         return apart
     for name in names:
-        if name not in study.spans:
-            expected = f"one of {', '.join(study.spans)}"
-            raise InputError("--set", "no such set in the run", found=name, expected=expected)
+        study.check_scorable(name)
     return [name for name in names if name in apart or not refit]

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import InputError
+from trainer.models.depthwise import convolve_depthwise
 from trainer.models.randomness import KeyedDropout, number_sites
 
 POOL_HEADS = 4  # of the `attn` pooling, as published
-FFT_KERNEL_SIZE = 16  # from here on CPUs convolve by FFT: at 45 taps it needs half of conv1d's time
 
 
 class DepthwiseConv(nn.Module):
@@ -56,24 +56,7 @@ class DepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        on_plain_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if on_plain_cpu and self.kernel_size >= FFT_KERNEL_SIZE:
-            return _fft_convolution(x, self.kernel()[:, 0]) + self.bias
-        x = x.transpose(1, 2)
-        return F.conv1d(x, self.kernel(), self.bias, padding="same", groups=x.shape[1]).transpose(1, 2)
-
-
-def _fft_convolution(x: Tensor, kernel: Tensor) -> Tensor:
-    """The same sum as conv1d's with 'same' padding, over the frequencies. x (B, T, C), kernel (C, K) -> (B, T, C).
-
-    conv1d correlates, out[t] = sum_k w[k] x[t + k - left] with left = (K - 1) // 2: the full convolution with the
-    reversed kernel, read from its element K - 1 - left on.
-    """
-    length, taps = x.shape[1], kernel.shape[1]
-    size = length + taps - 1
-    spectrum = torch.fft.rfft(x, n=size, dim=1) * torch.fft.rfft(kernel.flip(1).T, n=size, dim=0)
-    first = taps - 1 - (taps - 1) // 2
-    return torch.fft.irfft(spectrum, n=size, dim=1)[:, first : first + length]
+        return convolve_depthwise(x.transpose(1, 2), self.kernel(), self.bias).transpose(1, 2)
 
 
 class StreamEncoder(nn.Module):

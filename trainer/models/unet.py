@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import InputError
+from trainer.models.depthwise import convolve_depthwise
 from trainer.models.randomness import KeyedDropout, number_sites
 
 GROUPS = 8
@@ -182,7 +183,7 @@ class ConvModule(nn.Module):
         h = F.glu(self.expand(self.norm_in(x).transpose(1, 2)), dim=1)
         if not self.published:
             h = h * mask
-        h = F.silu(self.norm(_convolve_depthwise(h, self.depthwise), mask))
+        h = F.silu(self.norm(convolve_depthwise(h, self.depthwise.weight, self.depthwise.bias), mask))
         return self.dropout(self.contract(h).transpose(1, 2))
 
 
@@ -365,18 +366,6 @@ class UNet(nn.Module):
             valid = masks.pop()
             x = lengthen(level(torch.cat((x, skips.pop()), dim=1), valid, time) * valid)
         return self.project(self.final(x, mask)) * mask
-
-
-def _convolve_depthwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
-    """`conv(x)` of a depthwise convolution, (N, C, T) -> (N, C, T).
-
-    On a CPU as one over (T, 1): torch has a fast depthwise kernel for two dimensions there, and none for one (six times
-    as slow at the published widths).
-    """
-    if x.device.type != "cpu":
-        return conv(x)
-    padding = (int(conv.padding[0]), 0)
-    return F.conv2d(x[..., None], conv.weight[..., None], conv.bias, padding=padding, groups=conv.groups)[..., 0]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -2,12 +2,15 @@
 
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
     RUN/stage1/claims/     what is being scored, and by which worker
-    RUN/stage1/refit/      checkpoints/  logs/  scores/, where `train.refit` trains again on train + validation
-    RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied)
+    RUN/stage1/refit/      checkpoints/  logs/  scores/  claims/, where `train.refit` trains again on train + validation
+    RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied; its folds and what they predict)
     RUN/subject_<label>/   a run of stage 2 for one subject; its stage1 is a symbolic link to ../stage1
-    RUN/slurm/             jobs.json and the logs of jobs
+    RUN/slurm/             jobs.json, the configurations that were submitted, logs and records of jobs
     RUN/code/              the code that the jobs run, where it was copied
-    RUN/*.png              figures
+    RUN/ceilings/          what bounds the scores of a set, from the first that is full (scoring/ceilings.py)
+    RUN/ensemble/          scores of averages of checkpoints
+    RUN/report.html        a report, and figures/ that it shows
+    RUN/*.png              what a training draws at its end
 
 Whoever trains, scores, draws or reports reads and writes a run through these two classes, so the layout is said once.
 Every file has one writer and appears whole: it is written aside and renamed.
@@ -29,7 +32,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.code import code
-from trainer.run.files import read_json, write_json, write_whole
+from trainer.run.files import read_object, write_json, write_whole
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "h5py", "webdataset", "safetensors")
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -61,9 +64,9 @@ class StageDirectory:
         return any(path.exists() for path in (self.config, self.path / "starts", self.checkpoints))
 
     def finished(self) -> dict[str, Any] | None:
-        """What the stage wrote at its end; None while it has not ended."""
+        """What the stage wrote at its end; None while it has not ended. Raises InputError where it cannot be read."""
         path = self.path / "finished.json"
-        return read_json(path) if path.exists() else None
+        return read_object(path, "step") if path.exists() else None
 
     def write_finished(self, **facts: Any) -> None:
         """Say that the stage has ended, and how."""
@@ -97,23 +100,31 @@ class StageDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of logs/metrics.jsonl; of steps that a resume repeated, the later line counts.
 
-        A line that a crash cut short is left out.
+        A line that a crash cut short, or that is none of ours, is left out. Raises InputError where the disk fails.
         """
         if not self.metrics.exists():
             return []
         lines: dict[tuple[int, str], dict[str, Any]] = {}
-        for text in self.metrics.read_text().splitlines():
+        try:
+            texts = self.metrics.read_text(errors="replace").splitlines()
+        except OSError as error:
+            raise InputError(self.metrics, "cannot be read", found=error) from error
+        for text in texts:
             try:
                 line = json.loads(text)
             except ValueError:
                 continue
-            lines[(line["step"], line["kind"])] = line
+            if isinstance(line, dict) and {"step", "kind"} <= line.keys():
+                lines[(line["step"], line["kind"])] = line
         return [lines[key] for key in sorted(lines)]
 
     def scores_with_paths(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """All score files of the stage, in the order of their names; other files about checkpoints are passed over."""
+        """All score files of the stage, in the order of their names; other files about checkpoints are passed over.
+
+        Raises InputError for one that cannot be read: what is best follows from all of them.
+        """
         for path in sorted(self.scores.glob("*.json")):
-            content = read_json(path)
+            content = read_object(path)
             if "estimate" in content:
                 yield path, content
 
@@ -185,7 +196,7 @@ class RunDirectory:
             shutil.rmtree(deleted)
 
 
-_OURS = {"stage1", "stage2", "figures", "slurm", "code"}
+_OURS = {"stage1", "stage2", "ceilings", "ensemble", "figures", "slurm", "code"}
 _OURS_ASIDE = (".probe.", ".code.", ".stage1.deleted.", ".stage2.deleted.")  # of killed processes
 
 

@@ -96,6 +96,17 @@ def read_json(path: Path) -> Any:
         raise InputError(path, "cannot be read", found=error) from error
 
 
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Read JSON that is an object with these keys. Raises InputError where the file is missing or something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(path, "cannot be read", found=json.dumps(value)[:40], expected="a JSON object")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise InputError(path, "cannot be read", found=f"no {' and no '.join(missing)}")
+    return value
+
+
 def _write_synced(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)

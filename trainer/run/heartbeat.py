@@ -23,7 +23,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.run.alive import CounterWatch, Owner, Pulse
-from trainer.run.files import as_json, read_json, write_json, write_new
+from trainer.run.files import as_json, read_object, write_json, write_new
 
 BEAT_EVERY_S = 5.0
 STALE_AFTER_S = 30.0
@@ -60,10 +60,10 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     number, path = newest_start(folder), folder / "heartbeat.json"
     if not number:
         return None
-    beat = read_json(path) if path.exists() else {}
+    beat = read_object(path) if path.exists() else {}
     if beat.get("start") == number:
         return dict(beat)
-    start = read_json(folder / "starts" / f"{number}.json")
+    start = read_object(folder / "starts" / f"{number}.json", "host", "pid")
     begun = {"step": 0, "total": 0, "title": "", "time": start.get("time", 0.0), "start": number, "count": 0}
     return {**begun, **asdict(Owner.read(start))}
 
@@ -119,7 +119,7 @@ def is_over(start: Mapping[str, str], environment: Mapping[str, str]) -> bool:
 def _slurm_of(folder: Path, number: int) -> dict[str, str]:
     """SLURM's variables of a start; none where it was deleted meanwhile."""
     path = folder / "starts" / f"{number}.json"
-    return dict(read_json(path).get("slurm", {})) if path.exists() else {}
+    return dict(read_object(path).get("slurm", {})) if path.exists() else {}
 
 
 def sign_of_life(folder: Path) -> object:

@@ -21,7 +21,7 @@ import numpy as np
 
 from trainer.errors import InputError
 from trainer.run.directory import StageDirectory
-from trainer.run.files import read_json, write_json
+from trainer.run.files import read_object, write_json
 from trainer.scoring.metrics import Correlation
 from trainer.scoring.sets import SetScores
 
@@ -80,7 +80,7 @@ def _beside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     rounding of another device).
     """
     try:
-        before = read_json(path) if path.exists() else {}
+        before = read_object(path, "pearson_r") if path.exists() else {}
     except InputError:
         return content
     if before.get("validation"):

@@ -167,6 +167,12 @@ def _unseen_predictions(
     return predictions
 
 
+def planned_steps(steps_per_epoch: int, optimisation: OptimisationConfig) -> int:
+    """The steps that a configuration asks for; an early stop may come before."""
+    steps = steps_per_epoch * optimisation.epochs
+    return min(steps, optimisation.max_steps or steps)
+
+
 def _phase(
     job: Job,
     directory: StageDirectory,
@@ -182,8 +188,7 @@ def _phase(
 ) -> Phase:
     study, processes, data = job.study, job.processes, job.config.data
     plan: Plan = study.plan(spans, seed)
-    planned = plan.steps_per_epoch * optimisation.epochs
-    planned = min(planned, optimisation.max_steps or planned)
+    planned = planned_steps(plan.steps_per_epoch, optimisation)
     reading = Reading(
         study.streams if anchor is None else [],
         study.scaling,

@@ -29,7 +29,7 @@ from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
 from trainer.training.loop import Phase, Training, Watch
-from trainer.training.phases import Job, anchor_phase, flow_phase
+from trainer.training.phases import Job, anchor_phase, flow_phase, planned_steps
 from trainer.training.tracking import check_tracker
 
 
@@ -75,7 +75,8 @@ def _train_stage(job: Job, number: int) -> None:
     """Start a stage, unless it is finished: say so in the run directory, train, and say how it ended."""
     directory, processes = job.run.stage(number), job.processes
     if processes.first(lambda: job.resume and directory.finished() is not None):
-        job.say(f"Stage {number} is finished: {directory.path}")
+        if processes.is_main:
+            say(_said_of_finished(job, number))
         return
     hosts = processes.gather_objects(processes.host)
     start = processes.first(lambda: _begin(job, directory, hosts))
@@ -92,6 +93,23 @@ def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
     return start
+
+
+def _said_of_finished(job: Job, number: int) -> str:
+    """The line about a finished stage that is resumed: what to do where the configuration now asks for more steps."""
+    directory = job.run.stage(number)
+
+    def planned(config: Config) -> int:
+        return planned_steps(config.num_samples // config.batch_size, config.stage1 if number == 1 else config.stage2)
+
+    before, now = planned(load_config(directory.config)), planned(job.config)
+    if now <= before:
+        return f"Stage {number} is finished: {directory.path}"
+    last = max(checkpoint.steps(directory.checkpoints), default=before)
+    return (
+        f"Stage {number} is finished at step {last}, and the configuration now asks for {now}: {directory.path} stays "
+        "as it is. Give --overwrite to train it anew, or another --run."
+    )
 
 
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
