@@ -27,7 +27,7 @@ def test_up_twice_is_one_cluster_and_down_leaves_no_process_and_no_file(slurm: N
 
 
 def test_nodes_have_names_that_resolve_on_each_of_them_and_memory_of_their_own(cluster: Cluster) -> None:
-    told = cluster.srun("--nodes=2", "bash", "-c", "touch /dev/shm/$(hostname); getent hosts n1 n2; ls /dev/shm")
+    told = cluster.srun("--nodes=2", "bash", "-c", "touch /dev/shm/$(hostname); getent hosts n1 n2; cd /dev/shm; ls n?")
     words = told.stdout.split()
     assert sorted(words) == sorted(["127.0.1.1", "n1", "127.0.1.2", "n2"] * 2 + ["n1", "n2"])
 
