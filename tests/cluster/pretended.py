@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.cluster.local import run_locally
 from trainer.cluster.plan import make_plan
-from trainer.cluster.records import Place
+from trainer.cluster.records import Diary, Place
 from trainer.cluster.submission import Site
 from trainer.cluster.task import Task
 from trainer.run.files import write_json
@@ -28,7 +28,7 @@ WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 class Pretended(Task):
     """Notes begin and end in RUN/order.jsonl; RUN/wishes.json says {"stage1": "raise" | "wait"}."""
 
-    def _command(self, place: Place | None) -> Callable[[], int]:
+    def _command(self, place: Place | None, diary: Diary) -> Callable[[], int]:
         return self._pretend
 
     def _pretend(self) -> int:
