@@ -6,14 +6,14 @@ table is made from these descriptions, and a test keeps the two equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from trainer.strict import StrictModel, apply_overrides, read_yaml, validated
+from trainer.strict import StrictModel, apply_overrides, flat, read_yaml, validated
 
 
 def _odd(size: int) -> int:
@@ -337,16 +337,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys, in the order of the configuration, whose values differ."""
-    a, b = dict(_flat(one.model_dump(mode="json"))), dict(_flat(other.model_dump(mode="json")))
+    a, b = dict(flat(one.model_dump(mode="json"))), dict(flat(other.model_dump(mode="json")))
     return [key for key in {**a, **b} if a.get(key) != b.get(key)]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def documentation() -> dict[str, list[tuple[str, str, str]]]:

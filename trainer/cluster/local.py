@@ -139,7 +139,7 @@ class Driver:
                     self._start(job)
             if not self._running:
                 return _status(self._outcomes)
-            _pause(self._stop)
+            self._stop.pause(POLL_EVERY_S)
         self._end_all()
         self._say("Ended. What was trained is kept: the same command goes on from the newest checkpoint.")
         return 128 + self._stop.signum
@@ -226,9 +226,3 @@ def _children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _pause(stop: StopRequest) -> None:
-    deadline = time.monotonic() + POLL_EVERY_S
-    while not stop.requested and time.monotonic() < deadline:
-        time.sleep(min(0.1, POLL_EVERY_S))

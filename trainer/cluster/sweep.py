@@ -31,7 +31,7 @@ from trainer.errors import InputError, exit_on_input_error
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import write_whole
-from trainer.strict import parse_yaml
+from trainer.strict import flat, parse_yaml
 
 LONGEST_NAME = 120
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
@@ -62,9 +62,9 @@ def elements(path: Path) -> list[Element]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(path, f"cannot be read: {reason}", fix="Check the path.") from error
     if isinstance(data, dict):
-        chosen = _product(path, dict(_flat(data)))
+        chosen = _product(path, dict(flat(data)))
     elif isinstance(data, list) and all(isinstance(one, dict) for one in data):
-        chosen = [dict(_flat(one)) for one in data]
+        chosen = [dict(flat(one)) for one in data]
     else:
         raise InputError(path, "is no sweep", expected="{key: [values], ...} or a list of {key: value, ...}")
     if not chosen or not all(chosen):
@@ -128,15 +128,6 @@ def _product(path: Path, lists: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise InputError(path, key, found=repr(values), expected=f"a list of values, e.g. [{_text(values)}]")
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested sections as dotted keys."""
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _text(value: Any) -> str:
@@ -278,10 +269,7 @@ def _value(config: Config | None, key: str) -> str:
     """A configuration's value of a dotted key, as it would be written."""
     if config is None:
         return ""
-    value: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return _text(value)
+    return _text(dict(flat(config.model_dump(mode="json"))).get(key))
 
 
 def runs_in(home: Path) -> list[Path]:

@@ -125,14 +125,8 @@ def _until_over(
         patient = unknown and time.monotonic() - known < FORGOTTEN_AFTER_S
         if not patient and all(queue.is_over(states[part.id]) for part in parts):
             return states
-        _pause(stop)
+        stop.pause(POLL_EVERY_S)
     return None
-
-
-def _pause(stop: StopRequest) -> None:
-    deadline = time.monotonic() + POLL_EVERY_S
-    while not stop.requested and time.monotonic() < deadline:
-        time.sleep(min(0.1, POLL_EVERY_S))
 
 
 def _word(state: JobState) -> str:

@@ -41,15 +41,8 @@ def first_config(run: RunDirectory, numbers: Sequence[int], stop: StopRequest) -
         if not told:
             print(f"{where}: waiting up to {BEGIN_WITHIN_S:g} s for a training to begin", file=sys.stderr)
             told = True
-        pause(stop)
+        stop.pause(POLL_EVERY_S)
     return None
-
-
-def pause(stop: StopRequest) -> None:
-    """Wait until it is time for the next poll, or there is a wish to stop."""
-    deadline = time.monotonic() + POLL_EVERY_S
-    while not stop.requested and time.monotonic() < deadline:
-        time.sleep(min(0.1, POLL_EVERY_S))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ import torch
 
 from trainer.config import load_config
 from trainer.data.study import Study
+from trainer.evaluation import lifetime
 from trainer.evaluation.held import Settling, content_of, hold, let_go, let_go_of, score_if_whole
-from trainer.evaluation.lifetime import Life, StageState, first_config, pause, state_of
+from trainer.evaluation.lifetime import Life, StageState, first_config, state_of
 from trainer.evaluation.todo import Part, Remaining, Unit, parts_of, remaining
 from trainer.progress import listening, say
 from trainer.run import checkpoint
@@ -160,7 +161,7 @@ class Worker:
             if isinstance(turn, int):
                 return turn
             if turn is None:
-                pause(self._stop)
+                self._stop.pause(lifetime.POLL_EVERY_S)
             else:
                 self.do(turn)
 

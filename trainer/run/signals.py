@@ -61,6 +61,12 @@ class StopRequest:
         """Whether this process was asked to end."""
         return self._signum != 0
 
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or until there is a wish to end."""
+        deadline = time.monotonic() + seconds
+        while not self.requested and time.monotonic() < deadline:
+            time.sleep(min(0.1, seconds))
+
     def leave(self, step: int, signum: int = 0) -> NoReturn:
         """End the training, on the signal that the ranks agreed on, else on this process's own. Raises Interrupted."""
         raise Interrupted(signum or self._signum, step)
