@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Config, differing_keys, documentation, load_config
+from trainer.config import Config, continued, differing_keys, documentation, load_config, load_stored
 from trainer.errors import InputError
 from trainer.strict import parse_yaml, validated
 
@@ -159,3 +159,32 @@ def test_every_key_stands_in_the_readme_with_its_default() -> None:
 )
 def test_numbers_are_what_people_read_and_a_time_is_text(text: str, value: object) -> None:
     assert parse_yaml(text) == value
+
+
+def test_a_key_that_a_stored_configuration_lacks_means_what_was_done_before_it_existed(config_file: Path) -> None:
+    assert load_config(config_file).window_trs == 256
+    assert load_stored(config_file).window_trs is None
+    config_file.write_text(MINIMAL + "stage2: {window_trs: 300}")
+    assert load_stored(config_file).window_trs == 300
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "window"),
+    [("", "", None), ("stage2: {window_trs: auto}", "", 256), ("", "stage2: {window_trs: 99}", 99)],
+)
+def test_a_resume_keeps_the_meaning_of_keys_that_the_stored_configuration_lacks(
+    tmp_path: Path, stored: str, given: str, window: int | None
+) -> None:
+    kept, own = tmp_path / "kept.yaml", tmp_path / "own.yaml"
+    kept.write_text(MINIMAL + stored)
+    own.write_text(MINIMAL + given)
+    config = continued(load_config(own), [tmp_path / "missing.yaml", kept])
+    assert config.window_trs == window
+    assert load_config(own).model_copy(update={"stage2": config.stage2}) == config
+    assert continued(load_config(own), [tmp_path / "missing.yaml"]) == load_config(own)
+
+
+def test_a_window_shorter_than_a_training_window_is_refused(config_file: Path) -> None:
+    assert "stage2.window_trs: found 32, expected at least sample_length 64" in refusal(
+        config_file, "stage2: {window_trs: 32}"
+    )

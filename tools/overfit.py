@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = one_batch(study, arguments.subject_idx, arguments.run, device).to(device)
     torch.manual_seed(config.seed)
-    flow = build_flow(config.stage2, shapes_of(study)).to(device)
+    flow = build_flow(config, shapes_of(study)).to(device)
     crossfit.fit_latent(flow, study, study.spans["train"], None, OneProcess(device))
     losses = memorise(flow, batch, config, arguments.steps)
     r = sample_r(flow, batch, config)

@@ -1,17 +1,19 @@
 """The whole configuration of a run as strict models: YAML in, dotted overrides applied, written back resolved.
 
 Keys keep the names that users of the published encoder know. Each key's meaning stands beside it here; the README's
-table is made from these descriptions, and a test keeps the two equal.
+table is made from these descriptions, and a test keeps the two equal. A key whose default is not what the program did
+before the key existed says so (`before`), since stored configurations keep their meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 from trainer.strict import StrictModel, apply_overrides, flat, read_yaml, validated
 
@@ -220,6 +222,12 @@ class Stage2Config(OptimisationConfig):
     ema: Fraction | None = Field(
         None, description="decay of a moving average of the weights, e.g. 0.999, which then is what predicts; null: off"
     )
+    window_trs: Positive | Literal["auto"] | None = Field(
+        "auto",
+        json_schema_extra={"before": None},
+        description="TRs that the network sees at once of a longer run: overlapping windows, cross-faded; `auto`: "
+        "sample_length, at least 256; null: all of it, as published weights want it",
+    )
 
     @field_validator("cross_fit")
     @classmethod
@@ -313,7 +321,17 @@ class Config(StrictModel):
             raise ValueError(f"include_features: stream {twice[0]} is named twice, expected each once")
         if self.num_samples < self.batch_size:
             raise ValueError(f"num_samples: found {self.num_samples}, expected at least batch_size {self.batch_size}")
+        if self.window_trs is not None and self.window_trs < self.sample_length:
+            raise ValueError(
+                f"stage2.window_trs: found {self.window_trs}, expected at least sample_length {self.sample_length}"
+            )
         return self
+
+    @property
+    def window_trs(self) -> int | None:
+        """TRs that stage 2's network sees at once; None for all of a run."""
+        window = self.stage2.window_trs
+        return max(self.sample_length, 256) if window == "auto" else window
 
     def stage(self, number: int) -> Stage1Config | Stage2Config:
         """The section of stage 1 or 2."""
@@ -333,6 +351,67 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     data = read_yaml(path)
     apply_overrides(Config, data, overrides)
     return validated(Config, data, f"{path} with overrides" if overrides else path)
+
+
+def load_stored(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration that a run directory holds, and apply overrides as `load_config` does.
+
+    A key that it lacks means the behaviour from before that key existed (`before`, said at the key).
+
+    Raises:
+        InputError: as `load_config`.
+    """
+    data = read_yaml(path)
+    apply_overrides(Config, data, overrides)
+    return stored_config(data, f"{path} with overrides" if overrides else path)
+
+
+def stored_config(data: dict[str, Any], where: str | Path) -> Config:
+    """The configuration that a run directory or an export holds as plain data; see `load_stored`."""
+    return validated(Config, with_former(Config, data, {}), where)
+
+
+def continued(config: Config, stored: Sequence[Path]) -> Config:
+    """The configuration of a training that goes on in a run directory which another training has begun.
+
+    A key that neither `config` nor the kept configuration names means the behaviour from before that key existed, not
+    its default.
+
+    Args:
+        config: as the user gives it.
+        stored: where the run directory may hold a configuration; the first that exists counts.
+    """
+    path = next((path for path in stored if path.exists()), None)
+    if path is None:
+        return config
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return validated(Config, with_former(Config, given, read_yaml(path)), path)
+
+
+def with_former(model: type[BaseModel], data: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with the `before` of each key of `model` that neither `data` nor `stored` has."""
+    found = dict(data)
+    for name, field in model.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None and get_origin(field.annotation) is dict:
+            named = found.get(name) or {}
+            other = stored.get(name) or {}
+            found[name] = {key: with_former(inner, value, other.get(key) or {}) for key, value in named.items()}
+        elif inner is not None:
+            section = with_former(inner, found.get(name) or {}, stored.get(name) or {})
+            if section or name in found:
+                found[name] = section
+        elif name not in found and name not in stored and _FORMER in (extra := _extra(field)):
+            found[name] = extra[_FORMER]
+    return found
+
+
+_FORMER = "before"
+"""What a key's `json_schema_extra` calls the behaviour from before the key existed."""
+
+
+def _extra(field: FieldInfo) -> Mapping[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

@@ -20,14 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.config import Config
+from trainer.config import Config, stored_config
 from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.upstream import with_prefix
 from trainer.run.files import read_json
 from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Predictor, estimated
-from trainer.strict import validated
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -124,7 +123,7 @@ def load_encoder(folder: str | Path, device: str = "cpu") -> Encoder:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise InputError(path, "format", found=found, expected=FORMAT, fix="Export the run again.")
-    config = validated(Config, facts.get("config", {}), path)
+    config = stored_config(facts.get("config", {}), path)
     try:
         streams = [(str(name), int(layers), int(width)) for name, layers, width in facts["shapes"]["streams"]]
         shapes = Shapes(streams, facts["shapes"]["subjects"], int(facts["shapes"]["n_parcels"]))
@@ -136,7 +135,7 @@ def load_encoder(folder: str | Path, device: str = "cpu") -> Encoder:
     anchor.to(device).eval()
     predictor: Predictor = AnchorPredictor(anchor)
     if facts.get("stage") == 2:
-        flow = build_flow(config.stage2, shapes)
+        flow = build_flow(config, shapes)
         _fill(flow, weights, "flow.", Path(folder) / WEIGHTS)
         predictor = FlowPredictor(anchor, flow.to(device).eval(), config, ("mean",))
     return Encoder(predictor, shapes, config, facts)

@@ -68,8 +68,8 @@ def _items(length: int = 9, items: int = 5, seed: int = 7) -> tuple[Tensor, Tens
 
 def test_the_path_runs_from_noise_to_data_at_the_target_velocity() -> None:
     x1, z, sigma = torch.randn(4, 3, 5).double(), torch.randn(4, 3, 5).double(), 0.01
-    start, target = flow_path(x1, z, torch.zeros(4), sigma)
-    end, _ = flow_path(x1, z, torch.ones(4), sigma)
+    start, target = flow_path(x1, z, torch.zeros(4).double(), sigma)
+    end, _ = flow_path(x1, z, torch.ones(4).double(), sigma)
     assert torch.equal(start, z)
     assert torch.allclose(end, x1 + sigma * z)
     t = torch.rand(4).double()
@@ -127,7 +127,7 @@ def test_the_known_part_alone_carries_a_gaussian_to_its_target(monkeypatch: pyte
     """x1 = mu + r, r ~ N(0, 1): the linear guess is then the exact field, so Euler must end at mean mu, variance 1,
     and the field at t = 0 must be mu - z."""
     flow = _flow(sigma_min=0.0)
-    monkeypatch.setattr(flow, "_network", _silent)
+    monkeypatch.setattr(flow, "_one_pass", _silent)
     items, length = 400, 8
     subject = torch.arange(items) % 2
     keys = make_keys(0, 0, torch.arange(items), subject)
@@ -253,7 +253,7 @@ def test_the_posterior_mean_of_an_ideal_field_is_exact(parametrisation: str, mon
         expected = 2 * mu + 1
         return (expected - mu if parametrisation == "skip" else expected - 0.99 * y) * valid
 
-    monkeypatch.setattr(flow, "_network", ideal)
+    monkeypatch.setattr(flow, "_one_pass", ideal)
     _, anchor, mask, subject, keys = _items()
     mean = flow.posterior_mean(anchor, mask, subject, keys, n_draws=3)
     z = 2 * flow.latent.encode(anchor, subject) + 1
@@ -333,7 +333,7 @@ def test_a_tenth_of_the_draws_start_at_0_in_skip_only(monkeypatch: pytest.Monkey
             seen.append(t)
             return y
 
-        monkeypatch.setattr(flow, "_network", network)
+        monkeypatch.setattr(flow, "_one_pass", network)
         flow.loss(bold, bold, torch.ones(items, 2).bool(), subject, keys)
         t = times[0]
         assert (t == 0).float().mean().item() == pytest.approx(share, abs=0.02)
@@ -358,7 +358,7 @@ def test_the_linear_projection_is_trained_on_its_reconstruction_too() -> None:
 def test_samples_have_the_latents_variance_inside_and_the_residuals_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Untrained, in skip: x1 = mu + r, r of variance 1 in the latent; outside, the residuals' standard deviation."""
     flow = _flow(n_timesteps=40)
-    monkeypatch.setattr(flow, "_network", _silent)
+    monkeypatch.setattr(flow, "_one_pass", _silent)
     assert isinstance(flow.latent, Latent)
     items, length = 600, 6
     anchor, subject = _bold(length, 3, 1).expand(items, -1, -1), torch.zeros(items, dtype=torch.int64)

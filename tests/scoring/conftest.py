@@ -39,7 +39,7 @@ def make_anchor(study: Study) -> Anchor:
 def make_flow(study: Study) -> FlowMatching:
     """A flow with random weights, its last layer too, in a latent of the study's BOLD."""
     torch.manual_seed(2)
-    flow = build_flow(study.config.stage2, shapes_of(study)).eval()
+    flow = build_flow(study.config, shapes_of(study)).eval()
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))

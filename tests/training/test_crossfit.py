@@ -141,7 +141,7 @@ def test_all_ranks_hold_the_latent_that_one_process_fits(study: Study, tmp_path:
     predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
 
     def fit(rank: Ranks) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
-        flow = build_flow(study.config.stage2, shapes_of(study))
+        flow = build_flow(study.config, shapes_of(study))
         # what another rank would have found counts for nothing
         crossfit.fit_latent(flow, study, spans if rank.is_main else spans[:1], predictions, rank)
         return flow.latent.state_dict(), crossfit.latent_range(flow, study, spans, rank)
@@ -160,7 +160,7 @@ def test_every_rank_hears_that_the_bold_does_not_vary(study: Study) -> None:
 
     def fit(rank: ThreadRank) -> str:
         with pytest.raises(InputError, match="does not vary") as raised:
-            flow = build_flow(study.config.stage2, shapes_of(study))
+            flow = build_flow(study.config, shapes_of(study))
             crossfit.fit_latent(flow, study, study.spans["train"], None, rank)
         return str(raised.value)
 
@@ -169,7 +169,7 @@ def test_every_rank_hears_that_the_bold_does_not_vary(study: Study) -> None:
 
 def test_the_range_of_the_latents_is_that_of_a_loop_in_float64(study: Study) -> None:
     spans = study.spans["train"]
-    flow = build_flow(study.config.stage2, shapes_of(study))
+    flow = build_flow(study.config, shapes_of(study))
     crossfit.fit_latent(flow, study, spans[:1], None, ALONE)
     latent = flow.latent
     assert isinstance(latent, Latent)
@@ -189,7 +189,7 @@ def test_the_latent_has_unit_deviation_and_samples_have_the_residuals_outside(st
     spans = study.spans["train"]
     predictions = crossfit.Predictions(tmp_path, study)
     predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
-    flow = build_flow(study.config.stage2, shapes_of(study))
+    flow = build_flow(study.config, shapes_of(study))
     crossfit.fit_latent(flow, study, spans, predictions, ALONE)
     assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((1.0, 1.0), abs=0.05)
 

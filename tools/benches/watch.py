@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tools.benches import ROOT, Row, data, in_turns, seconds
-from trainer.config import load_config
+from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.evaluation.worker import Worker
 from trainer.models.build import build_anchor
@@ -53,7 +53,7 @@ val_set_name: val
     run = RunDirectory(scratch / "run")
     stage = run.stage(1)
     write_whole(stage.config, text)
-    study = Study(load_config(stage.config))
+    study = Study(load_stored(stage.config))
     assert len(study.spans["test"]) == 10
     anchor = build_anchor(study.config.stage1.model, shapes_of(study))
     meta = {"shapes": shapes_of(study).as_json(), "steps_per_epoch": 1}
@@ -64,7 +64,7 @@ val_set_name: val
 def latency_rows(run: RunDirectory) -> list[Row]:
     """From the rename that makes a checkpoint appear to its last score file, beside what the scoring alone takes."""
     stage = run.stage(1)
-    study = Study(load_config(stage.config))
+    study = Study(load_stored(stage.config))
     alone = StageDirectory(run.path / "alone")
     shutil.copytree(stage.checkpoints, alone.checkpoints)
     ranks = OneProcess(torch.device("cpu"))

@@ -19,7 +19,7 @@ from pathlib import Path
 from trainer.cluster import sweep
 from trainer.cluster.chain import Job, Run, Shards, Stage, pipeline
 from trainer.cluster.settings import OVERRIDE, Settings, load_settings
-from trainer.config import Config, load_config
+from trainer.config import Config, continued, load_config
 from trainer.data.layout import load_layout
 from trainer.data.manifest import MANIFEST
 from trainer.errors import InputError
@@ -101,6 +101,12 @@ class Member:
                 stage1_config(self.config, stage1)
 
 
+def _member(path: Path, config: Config, stages: tuple[int, ...] = (1, 2), around: Path | None = None) -> Member:
+    """A run to submit; one that has begun goes on with what its keys meant then."""
+    begun = [RunDirectory(home).stage(number).config for home in (path, around or path) for number in (1, 2)]
+    return Member(path, continued(config, begun), stages, around)
+
+
 def make_plan(
     config: Path, slurm: Path, run: Path | None, overrides: Sequence[str], *, array: Path | None = None
 ) -> Plan:
@@ -122,9 +128,9 @@ def make_plan(
     separate = array is None and training.stage2.subjects == "separate"
     chosen = sweep.elements(array) if array else sweep.subjects(training, home) if separate else []
     configs = sweep.checked(chosen, config, own)
-    members = [] if array else [Member(home, training, (1,) if separate else (1, 2))]
+    members = [] if array else [_member(home, training, (1,) if separate else (1, 2))]
     for one, its_config in zip(chosen, configs, strict=True):
-        members.append(Member(home / one.name, its_config, *(((2,), home) if separate else ())))
+        members.append(_member(home / one.name, its_config, *(((2,), home) if separate else ())))
     standing = [member.standing() for member in members]
     files = [_config_file(member.path, member.config) for member in members]
     runs = [

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, differing_keys, load_config
+from trainer.config import Config, differing_keys, load_config, load_stored
 from trainer.data.manifest import Manifest
 from trainer.errors import InputError, exit_on_input_error
 from trainer.run import checkpoint
@@ -219,7 +219,7 @@ def read_scores(run: Path) -> Scores:
     """The scores of a run from its files, whatever part of it is there."""
     stages = {number: RunDirectory(run).stage(number) for number in (1, 2)}
     begun = [number for number, stage in stages.items() if stage.config.exists()]
-    config = load_config(stages[max(begun)].config) if begun else None
+    config = load_stored(stages[max(begun)].config) if begun else None
     r = {(n, name): value for n in begun if config for name, value in _chosen(stages[n], config).items()}
     return Scores(run.name, config, r, frozenset(n for n in begun if stages[n].finished() is not None))
 

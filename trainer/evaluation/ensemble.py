@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.config import load_config
+from trainer.config import load_stored
 from trainer.data.batches import whole_runs
 from trainer.data.plan import Span
 from trainer.data.study import Study
@@ -87,7 +87,7 @@ def _candidates(run: RunDirectory, set_name: str, choose_on: str) -> list[Candid
         raise InputError(run.path, "holds no training", expected="a run directory with stage1/")
     found = []
     for number in started:
-        study = Study(load_config(run.stage(number).config))
+        study = Study(load_stored(run.stage(number).config))
         study.check_scorable(set_name)
         study.check_scorable(choose_on, "--choose-on")
         shape = (len(study.manifest.subjects), study.manifest.parcels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from trainer.config import load_config
+from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.evaluation.held import score_if_whole
@@ -28,7 +28,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
     Raises:
         InputError: no such checkpoint or set, or the checkpoint is damaged.
     """
-    config = load_config(run.stage(stages[0]).config)
+    config = load_stored(run.stage(stages[0]).config)
     processes = make_processes(precision="no", deterministic=config.deterministic, timeout_s=config.timeout_s)
     with Watchdog(processes, config.timeout_s) as watchdog, listening(watchdog.alive):
         for number in stages:
@@ -37,7 +37,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
 
 def _evaluate_stage(run: RunDirectory, number: int, step: str, sets: Sequence[str] | None, processes: Ranks) -> None:
     stage = run.stage(number)
-    study = Study(load_config(stage.config))
+    study = Study(load_stored(stage.config))
     refitted = step == "best" and stage.finished() is not None and study.config.train.refit
     part = Part(run, number, refit=refitted)
     named = _named(study, sets, refit=refitted)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config, load_config
+from trainer.config import Config, load_stored
 from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.alive import CounterWatch
@@ -34,7 +34,7 @@ def first_config(run: RunDirectory, numbers: Sequence[int], stop: StopRequest) -
     while not stop.requested:
         for number in numbers:
             if run.stage(number).config.exists():
-                return load_config(run.stage(number).config)
+                return load_stored(run.stage(number).config)
         if time.monotonic() >= deadline:
             fix = "Start the training first, or at the same time."
             raise InputError(where, f"no training has begun there within {BEGIN_WITHIN_S:g} s", fix=fix)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config import Config, load_config
+from trainer.config import Config, load_stored
 from trainer.data.manifest import Manifest
 from trainer.errors import InputError
 from trainer.evaluation.curves import Curves, Points
@@ -181,7 +181,7 @@ def read_results(path: Path) -> RunResults:
     started = [number for number in (1, 2) if run.stage(number).has_started()]
     reader = _Reader()
     file = run.stage(max(started, default=1)).config
-    config = reader.get(load_config, file)
+    config = reader.get(load_stored, file)
     stages = {number: _read_stage(run, number, config, reader) for number in started}
     files = [file for file in sorted((path / "ceilings").glob("*.npy")) if not file.stem.endswith("-isc")]
     ceilings = {file.stem: reader.array(file) for file in files}

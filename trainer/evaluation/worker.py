@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from trainer.config import load_config
+from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.evaluation import lifetime
 from trainer.evaluation.held import Settling, content_of, hold, let_go, let_go_of, score_if_whole
@@ -215,7 +215,7 @@ class Worker:
         """What a part was trained on, opened once for each configuration."""
         known = self._studies.get(part.number)
         if known is None or known[0] != config:
-            known = self._studies[part.number] = (config, Study(load_config(part.stage.config)))
+            known = self._studies[part.number] = (config, Study(load_stored(part.stage.config)))
         return known[1]
 
     def _try(self, number: int, unit: Unit) -> Task | None:

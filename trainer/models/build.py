@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import AnchorConfig, Stage2Config
+from trainer.config import AnchorConfig, Config
 from trainer.models.anchor import Anchor
 from trainer.models.flow import FlowMatching
 
@@ -57,16 +57,18 @@ def build_anchor(config: AnchorConfig, shapes: Shapes) -> Anchor:
     )
 
 
-def build_flow(config: Stage2Config, shapes: Shapes) -> FlowMatching:
+def build_flow(config: Config, shapes: Shapes) -> FlowMatching:
     """Stage 2, freshly initialised from torch's generator; its latent is fitted or loaded afterwards."""
+    options = config.stage2
     return FlowMatching(
         len(shapes.subjects),
         shapes.n_parcels,
-        config.latent_dim,
-        config.decoder.model_dump(),
-        sigma_min=config.cfm.sigma_min,
-        n_timesteps=config.n_timesteps,
-        parametrisation=config.parametrisation,
-        projection=config.projection,
-        subjects=config.subjects,
+        options.latent_dim,
+        options.decoder.model_dump(),
+        sigma_min=options.cfm.sigma_min,
+        n_timesteps=options.n_timesteps,
+        parametrisation=options.parametrisation,
+        projection=options.projection,
+        subjects=options.subjects,
+        window_trs=config.window_trs,
     )

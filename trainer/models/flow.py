@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trainer.errors import InputError
 from trainer.models.randomness import fold_in, keyed, normal, number_sites, uniform
 from trainer.models.unet import UNet
+from trainer.models.windows import by_windows, cover
 
 SITE_NOISE, SITE_TIME, SITE_START, SITE_COMPLEMENT = range(4)
 """What the items' keys are used for: z, t, whether t is 0, and the noise outside the latent."""
@@ -30,6 +31,10 @@ START_FRACTION = 0.1
 
 RECONSTRUCTION_WEIGHT = 0.1
 """Weight of the trainable projection's reconstruction error, as published."""
+
+
+def nothing() -> None:
+    """The tick of work that nobody watches."""
 
 
 def flow_path(x1: Tensor, z: Tensor, t: Tensor, sigma_min: float) -> tuple[Tensor, Tensor]:
@@ -208,6 +213,8 @@ class FlowMatching(nn.Module):
         projection: `pca`, or `linear` (published).
         subjects: `embedding`: one field, told the subject by a vector added to the time embedding; `separate`: one
             field for each subject.
+        window_trs: the network sees a longer run in overlapping windows of so many TRs (see `windows`), so that time
+            and memory grow with the run's length; None: all of it at once.
 
     Raises:
         InputError: for a latent wider than BOLD, or a name that is not known.
@@ -225,12 +232,14 @@ class FlowMatching(nn.Module):
         parametrisation: str = "skip",
         projection: str = "pca",
         subjects: str = "embedding",
+        window_trs: int | None = None,
     ) -> None:
         super().__init__()
         _check_choice("stage2.parametrisation", parametrisation, ("skip", "velocity"))
         _check_choice("stage2.projection", projection, ("pca", "linear"))
         _check_choice("stage2.subjects", subjects, ("embedding", "separate"))
         self.latent_dim, self.sigma_min, self.n_timesteps = latent_dim, sigma_min, n_timesteps
+        self.window_trs = window_trs
         self.skip = parametrisation == "skip"
         self.latent: Latent | LinearLatent
         if projection == "pca":
@@ -264,6 +273,7 @@ class FlowMatching(nn.Module):
         subject: Tensor,
         keys: Tensor,
         count: Tensor | int | None = None,
+        tick: Callable[[], None] = nothing,
     ) -> Tensor:
         """The flow-matching loss; plus, for the linear projection, 0.1 x its reconstruction error.
 
@@ -274,6 +284,7 @@ class FlowMatching(nn.Module):
             keys: (N,) from `randomness.make_keys`: noise, time and dropout follow from them.
             count: valid (item, TR) pairs of the global batch; None for this batch's. The losses of a batch's parts then
                 add up to the loss of the whole.
+            tick: called after each window of the network.
         """
         total = mask.sum() if count is None else count
         x1, valid = self._into_latent(bold, mask, subject)
@@ -283,22 +294,39 @@ class FlowMatching(nn.Module):
         if self.skip:
             t = torch.where(uniform(keys, SITE_START) < START_FRACTION, torch.zeros_like(t), t)
         y, target = flow_path(x1, z, t, self.sigma_min)
-        loss = flow_loss(self.velocity(y, valid, mu, t, subject, keys), target, valid, total)
+        loss = flow_loss(self.velocity(y, valid, mu, t, subject, keys, tick), target, valid, total)
         if isinstance(self.latent, LinearLatent):
             error = (self.latent.subspace(bold, subject).float() - bold).transpose(1, 2)
             loss = loss + RECONSTRUCTION_WEIGHT * flow_loss(error, torch.zeros_like(error), mask[:, None], total)
         return loss
 
-    def velocity(self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor) -> Tensor:
+    def velocity(
+        self,
+        y: Tensor,
+        valid: Tensor,
+        mu: Tensor,
+        t: Tensor,
+        subject: Tensor,
+        keys: Tensor,
+        tick: Callable[[], None] = nothing,
+    ) -> Tensor:
         """The field at states y (N, d, T) and times t (N,), given mu (N, d, T): (N, d, T), 0 where not valid."""
-        v = self._network(y, valid, mu, t, subject, keys)
+        v = self._network(y, valid, mu, t, subject, keys, tick)
         if not self.skip:
             return v
         c = linear_guess(t, self.sigma_min)[:, None, None]
         return (v + (1 - t[:, None, None] * c) * mu + c * y) * valid
 
     @torch.no_grad()
-    def posterior_mean(self, anchor: Tensor, mask: Tensor, subject: Tensor, keys: Tensor, n_draws: int = 4) -> Tensor:
+    def posterior_mean(
+        self,
+        anchor: Tensor,
+        mask: Tensor,
+        subject: Tensor,
+        keys: Tensor,
+        n_draws: int = 4,
+        tick: Callable[[], None] = nothing,
+    ) -> Tensor:
         """E[x | anchor] from the field at t = 0, where y = z knows nothing of x1: E[x1 | mu] = v + (1 - sigma_min) z.
 
         The network has learned to cancel z only approximately: a few z are averaged. In `skip` this is
@@ -310,7 +338,7 @@ class FlowMatching(nn.Module):
         for draw in range(n_draws):
             draw_keys = fold_in(keys, draw)
             z = self._noise(draw_keys, mu.shape[2])
-            total += self._network(z, valid, mu, start, subject, draw_keys)
+            total += self._network(z, valid, mu, start, subject, draw_keys, tick)
             if not self.skip:
                 total += (1 - self.sigma_min) * z * valid
         mean = total / n_draws + mu if self.skip else total / n_draws
@@ -325,12 +353,14 @@ class FlowMatching(nn.Module):
         keys: Tensor,
         n_timesteps: int | None = None,
         temperature: float = 1.0,
+        tick: Callable[[], None] = nothing,
     ) -> Tensor:
         """One draw of BOLD given the anchor: Euler in the latent, fresh noise of the residuals' size outside of it.
 
         Args:
             n_timesteps: Euler steps; None for the model's own number.
             temperature: scales all noise, inside and outside of the latent.
+            tick: called after each window of each step.
 
         Returns:
             (N, T, V); other shapes as in `loss`. For several samples give each its own keys (`randomness.fold_in`).
@@ -339,7 +369,7 @@ class FlowMatching(nn.Module):
         z = self._noise(keys, mu.shape[2]) * temperature
 
         def field(y: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(y, valid, mu, t, subject, keys)
+            return self.velocity(y, valid, mu, t, subject, keys, tick)
 
         solution = euler(field, z, self.n_timesteps if n_timesteps is None else n_timesteps)
         noise = None
@@ -352,7 +382,29 @@ class FlowMatching(nn.Module):
         """The part of x (N, T, V) that the latent can hold, so that scores can be taken inside it."""
         return self.latent.subspace(x, subject)
 
-    def _network(self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor) -> Tensor:
+    def _network(
+        self,
+        y: Tensor,
+        valid: Tensor,
+        mu: Tensor,
+        t: Tensor,
+        subject: Tensor,
+        keys: Tensor,
+        tick: Callable[[], None] = nothing,
+    ) -> Tensor:
+        """The network's output (N, d, T) in float32; that of a run longer than a window by windows."""
+        found = cover(y.shape[2], self.window_trs, self.length_factor)
+        if found is None:
+            out = self._one_pass(y, valid, mu, t, subject, keys)
+            tick()
+            return out
+
+        def network(here: slice) -> Tensor:
+            return self._one_pass(y[:, :, here], valid[:, :, here], mu[:, :, here], t, subject, keys)
+
+        return by_windows(network, found, torch.zeros_like(y), tick)
+
+    def _one_pass(self, y: Tensor, valid: Tensor, mu: Tensor, t: Tensor, subject: Tensor, keys: Tensor) -> Tensor:
         """The estimator's output in float32, each item's by its subject's estimator."""
         if self.subject_embedding is not None:
             with keyed(keys):

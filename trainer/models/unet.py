@@ -31,6 +31,8 @@ GROUPS = 8
 CONFORMER_KERNEL_SIZE = 31
 MAX_DISTANCE = 512
 """Relative positions further apart than this share one embedding."""
+ATTENTION_ROWS = 1024
+"""Longer sequences are attended to in blocks of queries, so that no table of all pairs stands in memory."""
 
 
 def time_features(t: Tensor, dim: int, scale: float = 1000.0) -> Tensor:
@@ -126,28 +128,47 @@ class RelativeAttention(nn.Module):
         """(N, T, C), (N, 1, T) -> (N, T, C)."""
         query = _split_heads(self.query(x), self.heads)
         key, value = (_split_heads(half, self.heads) for half in self.key_value(x).chunk(2, dim=-1))
-        scores = (query @ key.transpose(-1, -2) + self._distance_scores(query)) * query.shape[-1] ** -0.5
+        length = x.shape[1]
+        if length <= ATTENTION_ROWS or self.training:  # in training dropout is drawn for all pairs at once
+            attended = self._attend(query, key, value, mask, 0)
+        else:
+            starts = range(0, length, ATTENTION_ROWS)
+            blocks = [self._attend(query[:, :, i : i + ATTENTION_ROWS], key, value, mask, i) for i in starts]
+            attended = torch.cat(blocks, dim=2)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, first: int) -> Tensor:
+        """What the queries (N, heads, Q, head) of positions `first`, `first` + 1, ... take from the values.
+
+        key, value: (N, heads, T, head); mask: (N, 1, T). Returns (N, heads, Q, head).
+        """
+        distance_scores = self._distance_scores(query, key.shape[2], first)
+        scores = (query @ key.transpose(-1, -2) + distance_scores) * query.shape[-1] ** -0.5
         allowed = mask[:, :, None, :] > 0
         if self.published:  # masked queries attend to everything there, and later convolutions read the result
-            allowed = allowed & (mask[:, :, :, None] > 0)
+            allowed = allowed & (mask[:, :, first : first + query.shape[2], None] > 0)
         scores = scores.float().masked_fill(~allowed, torch.finfo(torch.float32).min)
         attention = self.dropout(scores.softmax(dim=-1).to(value.dtype))
-        return self.out((attention @ value).transpose(1, 2).flatten(2))
+        return attention @ value
 
-    def _distance_scores(self, query: Tensor) -> Tensor:
-        """q_i . r_(i-j) for all i, j: (N, heads, T, head) -> (N, heads, T, T), without a (T, T, head) table.
+    def _distance_scores(self, query: Tensor, length: int, first: int) -> Tensor:
+        """q_i . r_(i-j) for Q queries i = first, ..., and all T = `length` positions j.
 
-        Row i of the product with the embeddings of T-1, ..., -(T-1) holds its scores from column T-1-i on; cut the
-        first T-1 numbers of the flattened rows off, and rows of 2T-2 begin there.
+        (N, heads, Q, head) -> (N, heads, Q, T), without a (Q, T, head) table: row i of the product with the embeddings
+        of the distances from the largest down, first + Q - 1, ..., first - (T - 1), holds its scores from column
+        Q - 1 - (i - first) on; cut the first Q - 1 numbers of the flattened rows off, and rows that are one number
+        shorter begin there.
         """
-        length = query.shape[2]
-        distances = torch.arange(length - 1, -length, -1, device=query.device).clamp(-MAX_DISTANCE, MAX_DISTANCE)
+        rows = query.shape[2]
+        furthest = first + rows - 1
+        distances = torch.arange(furthest, first - length, -1, device=query.device).clamp(-MAX_DISTANCE, MAX_DISTANCE)
         table = self.distance.weight[distances + MAX_DISTANCE].to(query.dtype)
-        scores = query @ table.T  # (N, heads, T, 2T - 1)
-        if length == 1:
+        scores = query @ table.T  # (N, heads, Q, T + Q - 1)
+        if rows == 1:
             return scores
-        flat = scores.flatten(2)[:, :, length - 1 : length - 1 + length * (2 * length - 2)]
-        return flat.unflatten(2, (length, 2 * length - 2))[..., :length]
+        width = length + rows - 2
+        flat = scores.flatten(2)[:, :, rows - 1 : rows - 1 + rows * width]
+        return flat.unflatten(2, (rows, width))[..., :length]
 
 
 class FeedForward(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config, load_config
+from trainer.config import Config, load_stored
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
@@ -36,7 +36,7 @@ def chosen_checkpoint(run: RunDirectory, stage: int | None = None, overrides: Se
     directory = run.stage(number)
     if not directory.has_started():
         raise InputError(directory.path, f"holds no training of stage {number}", expected="a run directory")
-    config, finished = load_config(directory.config, overrides), directory.finished()
+    config, finished = load_stored(directory.config, overrides), directory.finished()
     if finished is not None and config.train.refit:
         return _there(number, directory.refit, int(finished["step"]), config)
     steps = checkpoint.steps(directory.checkpoints)

@@ -210,7 +210,7 @@ def load_predictor(
     if number == 1:
         return AnchorPredictor(load_anchor(folder, study, device))
     anchor = load_anchor(directory.anchor, study, device)
-    flow = build_flow(study.config.stage2, shapes_of(study))
+    flow = build_flow(study.config, shapes_of(study))
     flow.load_state_dict(_weights(folder, study))
     return FlowPredictor(anchor, flow.to(device), study.config, estimates)
 

@@ -122,7 +122,7 @@ def flow_phase(
     predictions = _unseen_predictions(job, directory, anchor, job.study.anchor_spans(refit=refit), step, watch)
 
     torch.manual_seed(config.seed)
-    flow = build_flow(config.stage2, shapes_of(job.study)).to(device)
+    flow = build_flow(config, shapes_of(job.study)).to(device)
     if job.processes.first(lambda: checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None):
         crossfit.fit_latent(flow, job.study, spans, predictions, job.processes)
     title = "Stage 2 refit" if refit else "Stage 2"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import Config, differing_keys, load_config
+from trainer.config import Config, continued, differing_keys, load_stored
 from trainer.data.plan import micro_batches
 from trainer.data.study import Study
 from trainer.errors import InputError
@@ -41,11 +41,13 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         Interrupted: a signal ended the training after a checkpoint.
     """
     check_tracker(config.tracker)
+    run = RunDirectory(path)
+    if resume or 1 not in stages:
+        config = continued(config, [run.stage(number).config for number in (1, 2)])
     study = Study(config)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
-        build_flow(config.stage2, shapes_of(study))
-    run = RunDirectory(path)
+        build_flow(config, shapes_of(study))
     if 1 not in stages:
         study.stand_on(stage1_config(config, run))
     processes = make_processes(
@@ -102,7 +104,7 @@ def _said_of_finished(job: Job, number: int) -> str:
     def planned(config: Config) -> int:
         return planned_steps(config.num_samples // config.batch_size, config.stage1 if number == 1 else config.stage2)
 
-    before, now = planned(load_config(directory.config)), planned(job.config)
+    before, now = planned(load_stored(directory.config)), planned(job.config)
     if now <= before:
         return f"Stage {number} is finished: {directory.path}"
     last = max(checkpoint.steps(directory.checkpoints), default=before)
@@ -124,7 +126,7 @@ def check_same_config(config: Config, run: RunDirectory, stages: Sequence[int]) 
     for number in stages:
         path = run.stage(number).config
         if path.exists():
-            differing = [key for key in differing_keys(load_config(path), config) if not key.startswith(_MAY_CHANGE)]
+            differing = [key for key in differing_keys(load_stored(path), config) if not key.startswith(_MAY_CHANGE)]
             other_stage = f"stage{3 - number}."
             differing = [key for key in differing if not key.startswith(other_stage)]
             if differing:
@@ -148,7 +150,7 @@ def stage1_config(config: Config, run: RunDirectory) -> Config:
     stage1 = run.stage(1)
     if stage1.finished() is None:
         raise InputError(stage1.path / "finished.json", "missing", fix="Train stage 1 of this run first (--stage 1).")
-    trained = load_config(stage1.config)
+    trained = load_stored(stage1.config)
     own = ("stage2.", *_MAY_CHANGE, *_fewer_subjects(trained, config))
     differing = [
         key
