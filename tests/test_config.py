@@ -168,6 +168,14 @@ def test_a_key_that_a_stored_configuration_lacks_means_what_was_done_before_it_e
     assert load_stored(config_file).window_trs == 300
 
 
+@pytest.mark.parametrize("text", ["stage2: 3", "stage2:", "bold: [1]", "datasets: {train: , val: }", "datasets: 4"])
+def test_a_stored_configuration_of_wrong_types_is_refused_in_one_line(config_file: Path, text: str) -> None:
+    key = text.partition(":")[0]
+    config_file.write_text("\n".join(line for line in MINIMAL.splitlines() if not line.startswith(key)) + f"\n{text}\n")
+    with pytest.raises(InputError, match=key):
+        load_stored(config_file)
+
+
 @pytest.mark.parametrize(
     ("stored", "given", "window"),
     [("", "", None), ("stage2: {window_trs: auto}", "", 256), ("", "stage2: {window_trs: 99}", 99)],

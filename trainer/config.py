@@ -389,21 +389,31 @@ def continued(config: Config, stored: Sequence[Path]) -> Config:
 
 
 def with_former(model: type[BaseModel], data: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with the `before` of each key of `model` that neither `data` nor `stored` has."""
+    """`data` with the `before` of each key of `model` that neither `data` nor `stored` has.
+
+    A value of a wrong type stays as it is, for the validation to refuse.
+    """
     found = dict(data)
     for name, field in model.model_fields.items():
-        inner = _section(field.annotation)
-        if inner is not None and get_origin(field.annotation) is dict:
-            named = found.get(name) or {}
-            other = stored.get(name) or {}
-            found[name] = {key: with_former(inner, value, other.get(key) or {}) for key, value in named.items()}
-        elif inner is not None:
-            section = with_former(inner, found.get(name) or {}, stored.get(name) or {})
-            if section or name in found:
-                found[name] = section
-        elif name not in found and name not in stored and _FORMER in (extra := _extra(field)):
-            found[name] = extra[_FORMER]
+        inner, section, kept = _section(field.annotation), found.get(name, {}), _mapping(stored.get(name))
+        if inner is None:
+            if name not in found and name not in stored and _FORMER in (extra := _extra(field)):
+                found[name] = extra[_FORMER]
+        elif not isinstance(section, Mapping):
+            continue
+        elif get_origin(field.annotation) is not dict:
+            if filled := with_former(inner, section, kept):
+                found[name] = filled
+        elif name in found:
+            found[name] = {
+                key: with_former(inner, value, _mapping(kept.get(key))) if isinstance(value, Mapping) else value
+                for key, value in section.items()
+            }
     return found
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 _FORMER = "before"
