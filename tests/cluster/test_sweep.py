@@ -48,7 +48,7 @@ def test_a_list_of_mappings_is_as_given_and_sections_may_be_nested(tmp_path: Pat
         Element(
             "stage1.lr=0.001,stage1.model.hidden_model=null", ("stage1.lr=0.001", "stage1.model.hidden_model=null")
         ),
-        Element("stage2.decoder.channels=64-64,precision=no", ("stage2.decoder.channels=[64, 64]", 'precision="no"')),
+        Element("stage2.decoder.channels=64-64,precision=no", ("stage2.decoder.channels=[64, 64]", "precision=no")),
     ]
 
 
