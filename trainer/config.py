@@ -236,11 +236,11 @@ class Stage2Config(OptimisationConfig):
     ema: Fraction | None = Field(
         None, description="decay of a moving average of the weights, e.g. 0.999, which then is what predicts; null: off"
     )
-    window_trs: Positive | Literal["auto"] | None = Field(
-        "auto",
+    window_trs: Size | None = Field(
+        256,
         json_schema_extra={"before": None},
-        description="TRs that the network sees at once of a longer run: overlapping windows, cross-faded; `auto`: "
-        "sample_length, at least 256; null: all of it, as published weights want it",
+        description="TRs that the network sees at once of a longer run, in overlapping windows that are cross-faded; "
+        "at least `sample_length`; null: the whole run, as published weights want it",
     )
 
     @field_validator("cross_fit")
@@ -336,17 +336,13 @@ class Config(StrictModel):
             raise ValueError(f"include_features: stream {twice[0]} is named twice, expected each once")
         if self.num_samples < self.batch_size:
             raise ValueError(f"num_samples: found {self.num_samples}, expected at least batch_size {self.batch_size}")
-        if self.window_trs is not None and self.window_trs < self.sample_length:
-            raise ValueError(
-                f"stage2.window_trs: found {self.window_trs}, expected at least sample_length {self.sample_length}"
-            )
         return self
 
     @property
     def window_trs(self) -> int | None:
         """TRs that stage 2's network sees at once; None for all of a run."""
         window = self.stage2.window_trs
-        return max(self.sample_length, 256) if window == "auto" else window
+        return None if window is None else max(window, self.sample_length)
 
     def stage(self, number: int) -> Stage1Config | Stage2Config:
         """The section of stage 1 or 2."""
