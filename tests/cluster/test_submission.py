@@ -10,6 +10,7 @@ import pytest
 
 from tests.cluster.conftest import MakePlan
 from trainer.cluster.chain import Run, pipeline
+from trainer.cluster.picture import picture
 from trainer.cluster.plan import Plan
 from trainer.cluster.submission import Site, refusal, scripts, submit
 from trainer.errors import InputError
@@ -85,6 +86,23 @@ def test_a_script_begins_and_ends_the_job_around_srun(make: MakePlan) -> None:
     assert srun.startswith(f"srun --unbuffered --output {plan.home}/slurm/%j_%t_log.out --error ")
     assert "--kill-on-bad-exit=1 --cpus-per-task=8 --cpu-bind=cores /opt/python -u -m submitit.core._submit" in srun
     assert last == "job_end $?"
+
+
+def test_a_training_is_told_what_its_processes_share_out(make: MakePlan) -> None:
+    plan = make("{zero_stage: 2, stage2: {zero_stage: 1}}")
+    shared = {key: [word for line in text.splitlines() if "DEEPSPEED" in line for word in line.split()]
+              for key, text in scripts(plan, SITE).items()}  # fmt: skip
+    assert shared == {
+        "stage1": ["export", "ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=2"],
+        "evaluate1": [],
+        "stage2": ["export", "ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=1"],
+        "evaluate2": [],
+        "report": [],
+    }
+    lines = picture(plan.jobs, plan.settings.of, {})
+    assert "1 task, ZeRO-2" in lines[0] and "ZeRO-1" in lines[2] and "ZeRO" not in lines[1] + lines[3] + lines[4]
+    assert "export ACCELERATE_USE_DEEPSPEED=false" in lines_of(make("zero_stage: 0"), "stage1")
+    assert "DEEPSPEED" not in scripts(make("{}"), SITE)["stage1"]
 
 
 def test_what_waits_is_cancelled_when_it_can_never_begin(make: MakePlan) -> None:

@@ -29,6 +29,7 @@ from trainer.cluster.task import Task
 from trainer.errors import InputError
 from trainer.run import jobs as queue
 from trainer.run.code import sha256
+from trainer.run.launch import zero_environment
 
 ASK_S = 20
 """How long sinfo or scancel may take."""
@@ -115,6 +116,9 @@ def _setup(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids:
         name = shlex.quote(settings.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
     lines.append(f". {shlex.quote(str(site.code / 'slurm' / 'job.sh'))} || exit")
+    if job.kind == "train" and settings.zero_stage is not None:
+        words = zero_environment(settings.zero_stage).items()
+        lines.append(f"export {' '.join(f'{name}={value}' for name, value in words)}")
     run, index = shlex.quote(str(job.elements[0].run)), ""
     if len(job.elements) > 1:
         lines.append(f"runs=({' '.join(shlex.quote(str(element.run)) for element in job.elements)})")
