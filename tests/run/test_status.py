@@ -69,8 +69,9 @@ def test_a_running_stage_says_all_that_people_ask() -> None:
     ],
 )
 def test_how_processes_share_the_work_is_said(start: dict[str, Any], line: str | None) -> None:
-    said = described(stage_status(replace(RUNNING, start=start)))
-    assert [words for words in said if words.startswith("  processes")] == ([line] if line else [])
+    for facts in (RUNNING, replace(RUNNING, finished={"step": 600}, lives=False)):
+        said = described(stage_status(replace(facts, start=start)))
+        assert [words for words in said if words.startswith("  processes")] == ([line] if line else [])
 
 
 @pytest.mark.parametrize(

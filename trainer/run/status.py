@@ -68,7 +68,7 @@ class StageStatus:
         step: of that phase; with `total`, its planned end (an early stop may come first).
         seconds_left: of that phase, at the pace of the last minutes.
         owner: the process, and the number of its start.
-        world: of which processes it is the first, and how these share the work; empty where it is alone.
+        world: the processes of the newest start, and how they share the work; empty for one that shares nothing.
         loss: (step, mean training loss since the line before, windows/s).
         best: (set, step, r) of the checkpoint that the validations choose so far.
         checkpoint: (step, age in seconds) of the newest one.
@@ -112,7 +112,7 @@ def stage_status(facts: StageFacts) -> StageStatus:
         total=total,
         seconds_left=left,
         owner=owner,
-        world=_world(facts.start) if owner else "",
+        world=_world(facts.start),
         loss=(trained[-1]["step"], trained[-1]["loss"], trained[-1]["windows_per_s"]) if trained else None,
         best=_best(facts.scores),
         checkpoint=facts.checkpoint and (facts.checkpoint[0], max(0.0, facts.now - facts.checkpoint[1])),
@@ -158,7 +158,7 @@ def described(status: StageStatus) -> list[str]:
     if status.owner is not None:
         owner, start = status.owner
         rows.append(("process", f"{owner.pid} on {owner.host}, start {start}"))
-        rows.append(("processes", status.world))
+    rows.append(("processes", status.world))
     if status.loss is not None:
         step, loss, speed = status.loss
         rows.append(("loss", f"{loss:.4f} at step {step}, {speed:.0f} windows/s"))
