@@ -21,6 +21,7 @@ from pathlib import Path
 CODE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CODE))  # what is submitted is this checkout, as in the jobs
 
+from trainer.cluster import limits  # noqa: E402
 from trainer.cluster.picture import picture  # noqa: E402
 from trainer.cluster.plan import Plan, make_plan  # noqa: E402
 from trainer.errors import exit_on_input_error  # noqa: E402
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") for word in rest):  # argparse takes one group of positionals only
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     overrides = [*arguments.overrides, *rest]
-    plan = make_plan(arguments.config, arguments.slurm, arguments.run, overrides, array=arguments.array)
+    ask = limits.ask if arguments.cluster == "slurm" else None
+    plan = make_plan(arguments.config, arguments.slurm, arguments.run, overrides, array=arguments.array, ask=ask)
     for note in plan.notes:
         say(note)
     if not plan.jobs:
@@ -59,15 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # submitit and what it needs are imported when the input is known to be right
     from trainer.cluster import local, snapshot, submission
 
+    site = submission.Site(plan.home / "code" if arguments.snapshot else CODE)
     if arguments.dry_run:
-        site = submission.Site(plan.home / "code" if arguments.snapshot else CODE)
         return _dry_run(plan, submission.scripts(plan, site))
-    site = submission.Site(snapshot.take(plan.home, root=CODE) if arguments.snapshot else CODE)
+    if arguments.cluster != "slurm" and arguments.snapshot:
+        snapshot.take(plan.home, root=CODE)
     if arguments.cluster == "local":
         return local.run_locally(plan, site, say=say)
     if arguments.cluster == "debug":
         return local.run_here(plan, say=say)
-    ids = submission.submit(plan, site)
+    ids = submission.submit(plan, site, snapshot_of=CODE if arguments.snapshot else None)
     _show(plan, ids)
     if not arguments.wait:
         return 0

@@ -5,14 +5,17 @@
 # Options:
 #   --max-requeues N   how often a job that was killed is tried again (default: 3; REQUEUES=N)
 #   --no-requeue       the site forbids it: N jobs are submitted for each stage, one after the other (REQUEUE=no)
+#   --zero-stage N     what the processes of a training share out: 1 Adam's moments, 2 gradients too, as configs/large.yaml
+#                      needs; 0, or left out, nothing: DDP (ZERO_STAGE=N)
 #   --setup FILE       lines that each job runs first: modules, conda, venv, NCCL_SOCKET_IFNAME (FMRI_FLOW_SETUP=FILE)
 # Partition, account, time and the like: SBATCH_PARTITION=gpu SBATCH_ACCOUNT=... bash slurm/submit.sh ..., or the lines
 # on top of slurm/*.sbatch. Python is .venv/bin/python of this checkout, or FMRI_FLOW_PYTHON.
-# What is running or finished is not submitted again; a stage that failed goes on from its newest checkpoint.
+# What is running or finished is not submitted again; a stage that failed goes on from its newest checkpoint. All jobs are
+# submitted, or none: where SLURM refuses one, those before it are cancelled, and what was written is deleted.
 set -uo pipefail
 
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-config="" run="" requeue=${REQUEUE:-yes} limit=${REQUEUES:-3} overrides=() shards=() wanted_shards=no
+config="" run="" requeue=${REQUEUE:-yes} limit=${REQUEUES:-3} zero=${ZERO_STAGE:-} overrides=() shards=() wanted_shards=no
 
 refuse() {
     echo "error: $1" >&2
@@ -24,13 +27,14 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 take_arguments() {
     while [ $# -gt 0 ]; do
         case $1 in
-            --config | --run | --max-requeues | --setup)
+            --config | --run | --max-requeues | --setup | --zero-stage)
                 [ $# -gt 1 ] || refuse "$1: its value is missing"
                 case $1 in
                     --config) config=$2 ;;
                     --run) run=$2 ;;
                     --max-requeues) limit=$2 ;;
                     --setup) FMRI_FLOW_SETUP=$2 ;;
+                    --zero-stage) zero=$2 ;;
                 esac
                 shift 2
                 ;;
@@ -64,6 +68,7 @@ check() {
 Run this there, or train here: $python -m trainer train --config FILE"
     [[ $limit =~ ^[0-9]+$ ]] || refuse "--max-requeues: found $limit, expected a number"
     [[ $requeue =~ ^(yes|no)$ ]] || refuse "REQUEUE: found $requeue, expected yes or no"
+    [[ $zero =~ ^[012]?$ ]] || refuse "--zero-stage: found $zero, expected 0 (DDP), 1 or 2"
     [ -n "$config" ] || refuse "--config: missing: expected the configuration of the training"
     [ -z "${FMRI_FLOW_SETUP:-}" ] || [ -r "$FMRI_FLOW_SETUP" ] || refuse "--setup: $FMRI_FLOW_SETUP cannot be read"
     "$python" - "$config" "${overrides[@]}" << 'PYTHON' || exit 2
@@ -82,17 +87,28 @@ submit() {
     options=(--parsable --job-name="$name" --output="$run/slurm/%j_0_log.out" --error="$run/slurm/%j_0_log.err")
     [ "$requeue" = yes ] || options+=(--no-requeue)
     [ -z "$dependency" ] || options+=(--dependency="$dependency" --kill-on-invalid-dep=yes)
-    id=$(FMRI_FLOW_RULES="$rules" sbatch "${options[@]}" "$code/slurm/$script.sbatch" --run "$run" "$@") || give_up "$name"
+    id=$(FMRI_FLOW_RULES="$rules" sbatch "${options[@]}" "$code/slurm/$script.sbatch" --run "$run" "$@" 2> "$said") ||
+        give_up "$name was not submitted: $(one_line)"
+    cat "$said" >&2 # warnings
     id=${id%%;*}
     ids+=("$id")
-    "$python" -m trainer.run.jobs record "$run" "$name=$id" || give_up "$name"
-    echo "$name: job $id${dependency:+ ($dependency)}"
+    "$python" -m trainer.run.jobs record "$run" "$name=$id" 2> "$said" || give_up "$name: $(one_line)"
+    lines+=("$name: job $id${dependency:+ ($dependency)}")
 }
 
+# What was said last, without the words that all of it begins with.
+one_line() {
+    sed -e 's/^sbatch: error: //; s/^allocation failure: //; s/^Batch job submission failed: //; s/^error: //' "$said" |
+        paste -sd ';' | sed 's/;/; /g'
+}
+
+# give_up WHY: takes back what was submitted and written so far, and leaves.
 give_up() {
-    echo "error: $1 was not submitted: see what sbatch said above (partition? account? SBATCH_* in the environment?)." >&2
-    [ ${#ids[@]} -eq 0 ] || echo "Those before it were. Cancel them with: scancel ${ids[*]}" >&2
-    exit 1
+    local left
+    trap '' INT TERM HUP
+    left=$("$python" -m trainer.cluster.traces undo "$run" --made "${made[@]}" --jobs "${ids[@]}")
+    echo "error: $1 (partition? account? SBATCH_* in the environment?). ${left:-Nothing of this submission is left.}" >&2
+    exit 2
 }
 
 # chain NAME SCRIPT FIRST ALWAYS ARGUMENTS...: one job that SLURM requeues, or links that follow each other. FIRST is the
@@ -117,23 +133,22 @@ chain() {
     done
 }
 
-# stage N DEPENDENCY: submits a stage and its worker, unless it is running or finished; leaves in `follows` what the
-# next stage waits for.
+# stage N STANDING DEPENDENCY: submits a stage and its worker, unless it is running or finished; leaves in `follows` what
+# the next stage waits for.
 stage() {
-    local number=$1 dependency=$2 standing
-    standing=$("$python" -m trainer.run.jobs standing "$run" "$number") || exit
+    local number=$1 standing=$2 dependency=$3
     follows=""
     case $standing in
-        finished*) echo "stage$number: finished already" && return ;;
+        finished*) lines+=("stage$number: finished already") && return ;;
         running*)
             standing=${standing#running}
-            echo "stage$number: running already, as job${standing:- of nobody in the queue}"
+            lines+=("stage$number: running already, as job${standing:- of nobody in the queue}")
             [ -z "$standing" ] || follows=afterok:${standing##* }
             return
             ;;
-        failed*) echo "stage$number: goes on from its newest checkpoint" ;;
+        failed*) lines+=("stage$number: goes on from its newest checkpoint") ;;
     esac
-    chain "stage$number" "stage$number" "" "$dependency" --config "$config" "${overrides[@]}"
+    chain "stage$number" "stage$number" "" "$dependency" --config "$config" ${zero:+--zero-stage "$zero"} "${overrides[@]}"
     follows=afterok:$id
     last+=("$id")
     chain "evaluate$number" evaluate "after:$first" "" --stage "$number"
@@ -149,29 +164,36 @@ run=$(realpath -m "${run:-output/$(basename "${config%.*}")}")
 config=$(realpath "$config")
 [ -z "${FMRI_FLOW_SETUP:-}" ] || FMRI_FLOW_SETUP=$(realpath "$FMRI_FLOW_SETUP")
 export FMRI_FLOW_CODE=$code FMRI_FLOW_PYTHON=$python FMRI_FLOW_SETUP=${FMRI_FLOW_SETUP:-}
-mkdir -p "$run/slurm" || exit 1
+standing1=$("$python" -m trainer.run.jobs standing "$run" 1) || exit 2
+standing2=$("$python" -m trainer.run.jobs standing "$run" 2) || exit 2
 
-ids=() last=() follows="" out=$(of_shards --out)
-for script in stage1 stage2 evaluate report; do # mistakes in options are found before anything is submitted
-    sbatch --test-only "$code/slurm/$script.sbatch" --run "$run" > "$run/slurm/.test" 2>&1 || {
-        cat "$run/slurm/.test" >&2
-        give_up "$script"
-    }
+ids=() made=() lines=() last=() follows="" out=$(of_shards --out) said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+scripts=(stage1 stage2 evaluate report)
+[ "$wanted_shards" = no ] || [ -e "$out/manifest.json" ] || scripts=(shards "${scripts[@]}")
+for script in "${scripts[@]}"; do # mistakes in options are found before anything is written or submitted
+    sbatch --test-only "$code/slurm/$script.sbatch" --run "$run" > "$said" 2>&1 ||
+        give_up "$script was not submitted: $(one_line)"
 done
-rm -f "$run/slurm/.test"
+
+trap 'give_up "interrupted"' INT TERM HUP
+mapfile -t made < <("$python" -m trainer.cluster.traces make "$run")
+[ -d "$run/slurm" ] || exit 2
 if [ "$wanted_shards" = yes ] && [ -e "$out/manifest.json" ]; then
-    echo "shards: there already: $out"
+    lines+=("shards: there already: $out")
 elif [ "$wanted_shards" = yes ]; then
     chain shards shards "" "" "${shards[@]}"
     follows=afterok:$id
     last+=("$id")
 fi
-stage 1 "$follows"
-stage 2 "$follows"
+stage 1 "$standing1" "$follows"
+stage 2 "$standing2" "$follows"
 if [ ${#last[@]} -eq 0 ]; then
-    echo "Nothing to submit: $run"
+    printf '%s\n' "${lines[@]}" "Nothing to submit: $run"
     exit 0
 fi
 submit report report "--max-requeues $limit --requeue $requeue" "afterany:$(IFS=: && echo "${last[*]}")"
+trap - INT TERM HUP
+printf '%s\n' "${lines[@]}"
 echo "Watch:  $python -m trainer status $run     squeue -j $(IFS=, && echo "${ids[*]}")     tail -f $run/slurm/*.out"
 echo "Cancel: scancel ${ids[*]}"

@@ -137,6 +137,39 @@ def test_arrays_hold_the_same_runs_in_the_same_order_where_some_have_finished() 
     assert (trained["b"].waits, trained["d"].waits) == ((), (Wait("afterok", id="9_1"),))
 
 
+def test_arrays_that_would_be_too_long_are_several_each_with_its_own_stage_2() -> None:
+    runs = [Run(HOME / name, CONFIG) for name in "abcde"]
+    jobs = pipeline(HOME, runs, links=2, longest=2)
+    trainings = {job.key: "".join(e.run.name for e in job.elements) for job in jobs if job.kind == "train"}
+    assert trainings == {
+        **{"stage1": "ab", "stage1.2": "ab", "stage2": "ab", "stage2.2": "ab"},
+        **{"stage1+2": "cd", "stage1+2.2": "cd", "stage2+2": "cd", "stage2+2.2": "cd"},
+        **{"stage1+3": "e", "stage1+3.2": "e", "stage2+3": "e", "stage2+3.2": "e"},
+    }
+    waits = told(jobs)
+    assert [waits[key] for key in ("stage2", "stage2+2", "stage2+3")] == [
+        "aftercorr:stage1.2", "aftercorr:stage1+2.2", "afterok:stage1+3.2",
+    ]  # fmt: skip
+    assert waits["stage2+2.2"] == "aftercorr:stage1+2.2,afterany:stage2+2"
+    assert waits["evaluate2.d"] == "afterok:stage1+2.2_1,after:stage2+2_1"
+    assert waits["evaluate2"] == "afterok:stage1+3.2,after:stage2+3"
+    (line,) = [line for line in picture(jobs, Settings(time=60).of, {}) if line.startswith("stage1 ")]
+    assert "5 x (1 task)" in line
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_each_element_of_stage_2_waits_for_its_own_run_whatever_the_length_of_arrays(runs: int, longest: int) -> None:
+    jobs = {job.key: job for job in pipeline(HOME, [Run(HOME / str(i), CONFIG) for i in range(runs)], longest=longest)}
+    stage2 = [job for job in jobs.values() if job.name == "stage2"]
+    assert [e.run.name for job in stage2 for e in job.elements] == [str(i) for i in range(runs)]
+    for job in stage2:
+        (wait,) = job.waits
+        assert 1 <= len(job.elements) <= longest
+        assert [e.run for e in jobs[wait.key].elements] == [e.run for e in job.elements]
+        assert wait.condition == ("aftercorr" if len(job.elements) > 1 else "afterok")
+
+
 def test_a_field_for_each_subject_stands_around_one_stage_1() -> None:
     subjects = [Run(HOME / f"subject_{n}", CONFIG, {2: Stage()}, around=HOME) for n in (1, 2)]
     jobs = pipeline(HOME, [Run(HOME, CONFIG, {1: Stage()}), *subjects])
@@ -154,7 +187,8 @@ def chains(draw: st.DrawFn) -> list[Job]:
     names = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5, unique=True))
     runs = [Run(HOME / name, CONFIG, {1: draw(STANDINGS), 2: draw(STANDINGS)}) for name in names]
     shards = draw(st.sampled_from([None, SHARDS, Shards(id="3")]))
-    return pipeline(HOME, runs, shards=shards, links=draw(st.integers(1, 4)))
+    longest = draw(st.sampled_from([None, 1, 2, 3]))
+    return pipeline(HOME, runs, shards=shards, links=draw(st.integers(1, 4)), longest=longest)
 
 
 @settings(max_examples=30, deadline=None)

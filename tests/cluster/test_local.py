@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.conftest import MakePlan
 from tests.cluster.pretended import ROOT, Pretended
-from trainer.cluster.local import run_here, run_locally
+from trainer.cluster.local import _chosen_gpus, run_here, run_locally
 from trainer.cluster.plan import Plan
 from trainer.cluster.submission import Site
 
@@ -53,6 +53,20 @@ def test_stage_2_follows_stage_1_with_a_worker_beside_each(make: MakePlan) -> No
     assert len({(world["MASTER_ADDR"], world["MASTER_PORT"]) for world in worlds}) == 1
     assert [line.split(": ")[1] for line in lines if line.endswith(": done")] == ["done"] * 5
     assert any(line.startswith("stage1: 2 processes, log ") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tasks", "stage"), [(2, 2), (1, 1)])
+def test_ranks_that_are_told_to_share_train_with_deepspeed(make: MakePlan, tasks: int, stage: int) -> None:
+    settings = f"{{tasks_per_node: {tasks}, zero_stage: {stage}, stage2: {{tasks_per_node: 1, zero_stage: 0}}}}"
+    plan, lines = prepared(make(settings), stage1="join"), list[str]()
+    assert run_locally(plan, Site(ROOT), say=lines.append, make_task=Pretended) == 0, lines
+    joined = [note["joined"] for note in notes(plan.home) if note["joined"]]
+    assert sorted(facts.pop("rank") for facts in joined) == [str(rank) for rank in range(tasks)]
+    assert all(facts == {"update": "Sharded", "type": "DEEPSPEED", "stage": str(stage)} for facts in joined), joined
+    assert any(line.startswith("stage1: ") and f", ZeRO-{stage}, log " in line for line in lines)
+    told = {note["job"]: note["world"].get("ACCELERATE_USE_DEEPSPEED") for note in notes(plan.home) if note["world"]}
+    assert told == {"stage1": "true", "evaluate1": None, "stage2": "false", "evaluate2": None, "report": None}
 
 
 @pytest.mark.slow
@@ -98,6 +112,30 @@ def test_in_this_process_the_jobs_run_in_their_order(make: MakePlan) -> None:
     assert [note["job"] for note in notes(plan.home) if note["what"] == "begin"] == NAMES
     assert {note["pid"] for note in notes(plan.home)} == {os.getpid()}
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_in_this_process_nothing_is_shared_and_that_is_said(make: MakePlan) -> None:
+    plan, lines = prepared(make("zero_stage: 2")), list[str]()
+    assert run_here(plan, say=lines.append, make_task=Pretended) == 0
+    assert [line for line in lines if "zero_stage" in line] == [
+        f"{name}: in this process, which shares nothing: zero_stage does not count here"
+        for name in ("stage1", "stage2")
+    ]
+    assert not any("ACCELERATE_USE_DEEPSPEED" in (note["world"] or {}) for note in notes(plan.home))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "gpus", "expected"),
+    [
+        ("3,5", 2, "3,5"), ("3, 5", 1, "3"), ("GPU-1f,GPU-2c", 2, "GPU-1f,GPU-2c"), ("3", 2, None), ("", 1, None),
+        ("3", 0, None),
+    ],
+)  # fmt: skip
+def test_the_gpus_that_somebody_chose_are_taken(
+    chosen: str, gpus: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert _chosen_gpus(gpus).get("CUDA_VISIBLE_DEVICES") == expected
 
 
 def test_in_this_process_a_failure_cancels_too(make: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import MakePlan
+from trainer.cluster.limits import Limits
 from trainer.cluster.plan import Plan, make_plan, split_overrides
 from trainer.config import load_config
 from trainer.errors import InputError
@@ -131,6 +132,39 @@ def test_a_sweep_is_job_arrays_of_runs_with_configurations_of_their_own(make: Ma
     assert [(config.seed, config.stage1.lr) for config in read] == [(1, 3e-3), (2, 3e-3)]
     assert plan.jobs[-1].elements[0].argv == ("sweep", str(tmp_path / "run"), "--report")
     assert not plan.is_one_run
+
+
+def test_more_jobs_than_slurm_takes_are_refused_before_anything_is_made(make: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2, 3]}")
+
+    def plan(jobs: int) -> Plan:
+        return make("account: mine", array=tmp_path / "sweep.yaml", ask=lambda _: Limits(jobs=jobs, name="X is 12"))
+
+    with pytest.raises(
+        InputError, match=r"sweep\.yaml: gives more jobs than SLURM takes: found 13 .* at most 12 \(X is"
+    ):
+        plan(12)
+    assert not (tmp_path / "run").exists()
+    assert sum(len(job.elements) for job in plan(13).jobs) == 13 and plan(13).notes == []
+
+
+def test_slurm_is_asked_for_its_limits_where_several_runs_are_submitted_to_it(make: MakePlan, tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    def ask(account: str | None) -> Limits:
+        asked.append(account)
+        return Limits(array=2)
+
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2, 3]}")
+    make("account: mine", ask=ask)
+    assert asked == []
+    plan = make("account: mine", array=tmp_path / "sweep.yaml", ask=ask)
+    assert asked == ["mine"]
+    assert [len(job.elements) for job in plan.jobs if job.kind == "train"] == [2, 2, 1, 1]
+    default = "SLURM's default, as scontrol does not tell MaxArraySize"
+    assert plan.notes == [f"job arrays of at most 2 runs each: {default}"]
+    here = make("account: mine", array=tmp_path / "sweep.yaml", ask=None)
+    assert [len(job.elements) for job in here.jobs if job.kind == "train"] == [3, 3]
 
 
 def test_what_is_done_of_a_sweep_is_said_by_run(

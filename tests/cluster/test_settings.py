@@ -58,6 +58,15 @@ def test_what_is_no_training_does_not_ask_for_its_nodes(tmp_path: Path) -> None:
     assert all(found.of(job).account == "me" for job in JOBS)
 
 
+def test_only_trainings_share_what_adam_needs(tmp_path: Path) -> None:
+    found = settings(tmp_path, "{zero_stage: 2, stage1: {zero_stage: 0}}")
+    assert {job: found.of(job).zero_stage for job in JOBS if found.of(job).zero_stage is not None} == {
+        "stage1": 0,
+        "stage2": 2,
+    }
+    assert settings(tmp_path, "", "stage2.zero_stage=1").of("stage2").zero_stage == 1
+
+
 def test_a_section_takes_back_what_the_top_says_with_null(tmp_path: Path) -> None:
     found = settings(tmp_path, "{constraint: a100, stage2: {constraint: null}}")
     assert (found.of("stage1").constraint, found.of("stage2").constraint) == ("a100", None)
@@ -80,6 +89,9 @@ def test_a_section_of_comments_is_one_of_defaults(tmp_path: Path) -> None:
         ("{sbatch: {mem: 4G}}", ["sbatch", "found mem", "use mem_gb"]),
         ("{stage1: {sbatch: {dependency: 'afterok:1'}}}", ["found dependency", "the pipeline sets it"]),
         ("{setup: module load cuda}", ["setup", "list"]),
+        ("{zero_stage: 3}", ["zero_stage", "found 3", "0, 1 or 2"]),
+        ("{stage1: {zero_stage: two}}", ["stage1.zero_stage", "found 'two'", "0, 1 or 2"]),
+        ("{evaluate: {zero_stage: 2}}", ["evaluate", "zero_stage is for trainings", "stage1 and stage2"]),
     ],
 )
 def test_a_mistake_is_named_in_one_line(tmp_path: Path, text: str, parts: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import pytest
 
 from tests.cluster.conftest import MakePlan
 from trainer.cluster.chain import Run, pipeline
+from trainer.cluster.limits import Limits
+from trainer.cluster.picture import picture
 from trainer.cluster.plan import Plan
 from trainer.cluster.submission import Site, refusal, scripts, submit
 from trainer.errors import InputError
@@ -29,29 +30,13 @@ interface: ib0
 sbatch: {exclusive: true, nice: 5, wait: false}
 srun: [--cpu-bind=cores]
 """
-SBATCH = """#!/bin/sh
-# sbatch that counts, and refuses a script that holds the word in the file `refuse`
-case "$1" in --test-only) cat > /dev/null; exit 0;; esac
-cd "{folder}"
-if [ -e refuse ] && grep -q "$(cat refuse)" "$1"; then
-    echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1
-fi
-echo x >> count
-echo "Submitted batch job $((100 + $(wc -l < count)))"
-"""
 
 
-@pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an sbatch and an scancel that only write down what they are asked."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    programs = {"sbatch": SBATCH.format(folder=folder), "scancel": f'#!/bin/sh\necho "$@" >> {folder}/cancelled\n'}
-    for name, text in programs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return folder
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder but the programs of the test: files with their content."""
+    paths = (path for path in folder.rglob("*") if "bin" not in path.relative_to(folder).parts[:1])
+    inputs = ("site.yaml", "sweep.yaml")
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths if path.name not in inputs}
 
 
 def lines_of(plan: Plan, key: str) -> list[str]:
@@ -85,6 +70,23 @@ def test_a_script_begins_and_ends_the_job_around_srun(make: MakePlan) -> None:
     assert srun.startswith(f"srun --unbuffered --output {plan.home}/slurm/%j_%t_log.out --error ")
     assert "--kill-on-bad-exit=1 --cpus-per-task=8 --cpu-bind=cores /opt/python -u -m submitit.core._submit" in srun
     assert last == "job_end $?"
+
+
+def test_a_training_is_told_what_its_processes_share_out(make: MakePlan) -> None:
+    plan = make("{zero_stage: 2, stage2: {zero_stage: 1}}")
+    shared = {key: [word for line in text.splitlines() if "DEEPSPEED" in line for word in line.split()]
+              for key, text in scripts(plan, SITE).items()}  # fmt: skip
+    assert shared == {
+        "stage1": ["export", "ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=2"],
+        "evaluate1": [],
+        "stage2": ["export", "ACCELERATE_USE_DEEPSPEED=true", "ACCELERATE_DEEPSPEED_ZERO_STAGE=1"],
+        "evaluate2": [],
+        "report": [],
+    }
+    lines = picture(plan.jobs, plan.settings.of, {})
+    assert "1 task, ZeRO-2" in lines[0] and "ZeRO-1" in lines[2] and "ZeRO" not in lines[1] + lines[3] + lines[4]
+    assert "export ACCELERATE_USE_DEEPSPEED=false" in lines_of(make("zero_stage: 0"), "stage1")
+    assert "DEEPSPEED" not in scripts(make("{}"), SITE)["stage1"]
 
 
 def test_what_waits_is_cancelled_when_it_can_never_begin(make: MakePlan) -> None:
@@ -140,13 +142,64 @@ def test_a_chain_is_submitted_recorded_and_named_by_its_ids(make: MakePlan, pret
     assert (plan.folder / "104_submitted.pkl").exists()
 
 
-def test_when_one_job_is_refused_none_stays_in_the_queue(make: MakePlan, pretended: Path) -> None:
-    (pretended / "refuse").write_text("job-name=evaluate2")
+@pytest.mark.parametrize(
+    ("refused", "cancelled"),
+    [("stage1", []), ("evaluate1", ["101"]), ("evaluate2", ["101", "102", "103"])],
+)
+def test_when_one_job_is_refused_nothing_is_left(
+    make: MakePlan, pretended: Path, refused: str, cancelled: list[str]
+) -> None:
+    (pretended / "refuse").write_text(f"job-name={refused}")
     plan = make()
-    with pytest.raises(InputError, match="evaluate2: SLURM says: Job violates accounting/QOS policy"):
-        submit(plan, SITE)
-    assert (pretended / "cancelled").read_text().split() == ["101", "102", "103"]
-    assert not list(plan.folder.glob("?" * 32 + ".pkl"))
+    before = tree(plan.home.parent)
+    with pytest.raises(InputError, match=f"{refused}: SLURM says: Job violates accounting/QOS policy.*sacctmgr"):
+        submit(plan, SITE, snapshot_of=ROOT)
+    gone = pretended / "cancelled"
+    assert (gone.read_text().split() if gone.exists() else []) == cancelled
+    assert tree(plan.home.parent) == before
+
+
+def test_a_refused_sweep_leaves_no_run_and_keeps_what_was_there(
+    make: MakePlan, pretended: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2, 3]}")
+    first = submit(make("{}", array=tmp_path / "sweep.yaml"), SITE)
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2, 3, 4]}")
+    (tmp_path / "run" / "mine.txt").write_text("of the user")
+    before, jobs = tree(tmp_path), queue.read(tmp_path / "run" / "seed=1")
+    (pretended / "refuse").write_text("job-name=evaluate2")
+    with pytest.raises(InputError, match="evaluate2: SLURM says"):
+        submit(make("{}", "stage1.epochs=3", array=tmp_path / "sweep.yaml"), SITE)
+    assert tree(tmp_path) == before
+    assert queue.read(tmp_path / "run" / "seed=1") == jobs and first["stage1"] == "101"
+
+
+def test_the_elements_of_a_long_sweep_are_several_arrays_that_share_what_runs_at_once(
+    make: MakePlan, pretended: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text(f"{{seed: {list(range(300))}}}")
+    plan = make("{}", array=tmp_path / "sweep.yaml", ask=lambda _: Limits(array=200, known=True))
+    assert plan.notes[-1] == "job arrays of at most 200 runs each: as MaxArraySize says"
+    texts = scripts(plan, SITE)
+    arrays = {key: line for key, text in texts.items() for line in text.splitlines() if "--array" in line}
+    assert arrays == {
+        "stage1": "#SBATCH --array=0-199%170",
+        "stage2": "#SBATCH --array=0-199%170",
+        "stage1+2": "#SBATCH --array=0-99%85",
+        "stage2+2": "#SBATCH --array=0-99%85",
+    }
+    assert "#SBATCH --dependency='aftercorr:<stage1+2>'" in texts["stage2+2"].splitlines()
+    assert "#SBATCH --dependency='afterok:<stage1+2>_7,after:<stage2+2>_7'" in texts["evaluate2.seed=207"].splitlines()
+
+
+def test_an_array_that_slurm_does_not_take_is_refused_before_anything_is_made(
+    make: MakePlan, pretended: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.yaml").write_text("{seed: [1, 2, 3]}")
+    (pretended / "refuse_test").write_text("array=0-2")
+    with pytest.raises(InputError, match=r"stage1: SLURM says: Invalid job array specification.*MaxArraySize"):
+        submit(make("{}", array=tmp_path / "sweep.yaml"), SITE)
+    assert not (tmp_path / "run").exists() and not (pretended / "count").exists()
 
 
 def test_a_missing_sbatch_says_where_to_go(make: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +223,10 @@ def test_a_missing_sbatch_says_where_to_go(make: MakePlan, tmp_path: Path, monke
          ["slurm.mem_gb="]),
         ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
          ["Unable to contact slurm controller", "--dry-run"]),
+        ("sbatch: error: AssocMaxSubmitJobLimit\n"
+         "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (submit limit, size)",
+         ["AssocMaxSubmitJobLimit; Job violates", "Submit fewer jobs", "sacctmgr"]),
+        ("sbatch: error: Batch job submission failed: Invalid job array specification", ["MaxArraySize"]),
     ],
 )  # fmt: skip
 def test_a_refusal_says_what_to_change(

@@ -17,7 +17,16 @@ from hypothesis import strategies as st
 from trainer.errors import InputError
 from trainer.run import signals
 from trainer.run.join import no_meeting
-from trainer.run.launch import Launch, Parent, first_host, master_port, read_launch, tasks_of_node
+from trainer.run.launch import (
+    Launch,
+    Parent,
+    first_host,
+    master_port,
+    read_launch,
+    sharing,
+    tasks_of_node,
+    zero_environment,
+)
 from trainer.run.processes import (
     Boundary,
     Interrupted,
@@ -94,6 +103,61 @@ def test_names_of_slurm_become_those_of_torch() -> None:
     # torchrun inside a task of srun has announced itself, and one task is one process
     assert read(SRUN | TORCHRUN) == Launch("torchrun", 1, 4)
     assert read(SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}) == Launch("srun")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "gpus", "device"),
+    [(3, 4, "3"), (3, 1, "0"), (3, 2, "1"), (0, 1, "0"), (3, 0, "3"), (3, 8, "3")],
+    ids=["all are seen", "one a task", "two for two tasks", "the first", "no GPU", "more than tasks"],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_local_rank_is_the_number_of_a_gpu_that_the_process_sees(
+    local_rank: int, gpus: int, device: str, sharded: bool
+) -> None:
+    zero = zero_environment(2) if sharded else {}
+    step = {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NODEID": "0"}
+    task = SRUN | step | zero | {"SLURM_PROCID": str(local_rank), "SLURM_LOCALID": str(local_rank)}
+    launch = read_launch(task, Parent(), gpus=gpus)
+    assert (launch.rank, launch.settings["LOCAL_RANK"]) == (local_rank, device)
+    assert (launch.settings["RANK"], launch.settings["LOCAL_WORLD_SIZE"]) == (str(local_rank), "4")
+    # so does whoever announces the tasks of srun in torch's names, which most scripts of the web do
+    announced = read_launch(TORCHRUN | zero | {"LOCAL_RANK": str(local_rank)}, Parent(), gpus=gpus)
+    assert announced.settings.get("LOCAL_RANK", str(local_rank)) == device
+    assert announced.zero_stage == launch.zero_stage == (2 if sharded else None)
+
+
+@pytest.mark.parametrize(("gpus", "on_cpu", "device"), [(1, "", "0"), (8, "", "3"), (1, "true", "3")])
+def test_a_process_counts_the_gpus_that_it_sees(
+    gpus: int, on_cpu: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Joined(Exception):
+        pass
+
+    def joined(launch: Launch, *_: object) -> None:
+        raise Joined(os.environ["LOCAL_RANK"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("trainer.run.processes.join", joined)
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "3", "ACCELERATE_USE_CPU": on_cpu}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Joined, match=f"^{device}$"):
+        make_processes(precision="no", deterministic=False, timeout_s=600)
+
+
+def test_a_zero_stage_is_read_as_it_was_told_and_one_task_of_srun_may_have_one() -> None:
+    assert [read(SRUN | zero_environment(stage)).zero_stage for stage in (0, 1, 2)] == [None, 1, 2]
+    one = SRUN | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    one |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    launch = read(one | zero_environment(1))
+    assert (launch.world, launch.zero_stage, launch.settings["RANK"]) == (1, 1, "0")
+    assert read(one | zero_environment(0)) == Launch("srun")
+
+
+def test_how_processes_share_is_said_in_a_word() -> None:
+    assert [sharing(*way) for way in ((1, None), (1, 0), (4, None), (4, 0), (4, 1), (1, 2))] == [
+        "", "", "DDP", "DDP", "ZeRO-1", "ZeRO-2",
+    ]  # fmt: skip
 
 
 def test_idle_tasks_of_slurm_are_refused() -> None:

@@ -58,6 +58,23 @@ def test_a_running_stage_says_all_that_people_ask() -> None:
 
 
 @pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        ({"world": 8, "launcher": "srun", "zero_stage": 2}, "  processes  8 of srun, ZeRO-2"),
+        ({"world": 8, "launcher": "srun", "zero_stage": None}, "  processes  8 of srun, DDP"),
+        ({"world": 1, "launcher": "srun", "zero_stage": 1}, "  processes  1 of srun, ZeRO-1"),
+        ({"world": 8, "launcher": "srun"}, "  processes  8 of srun"),  # of an older version
+        ({"world": 1, "launcher": "srun", "zero_stage": None}, None),
+        ({}, None),
+    ],
+)
+def test_how_processes_share_the_work_is_said(start: dict[str, Any], line: str | None) -> None:
+    for facts in (RUNNING, replace(RUNNING, finished={"step": 600}, lives=False)):
+        said = described(stage_status(replace(facts, start=start)))
+        assert [words for words in said if words.startswith("  processes")] == ([line] if line else [])
+
+
+@pytest.mark.parametrize(
     ("facts", "state", "why"),
     [
         (StageFacts("Stage 1", 0.0), "waiting", "not started"),

@@ -10,6 +10,8 @@
 #   CLUSTER_CPUS     CPUs that each node pretends to have                                                 [4]
 #   CLUSTER_PORT     first of NODES + 1 free ports                                                        [26800]
 #   CLUSTER_REQUEUE  0: JobRequeue=0, a job is requeued only where it asked for it                        [1]
+#   CLUSTER_ARRAY    MaxArraySize                                                                         [1001]
+#   CLUSTER_JOBS     MaxJobCount                                                                          [10000]
 # Partitions: main, and urgent, whose jobs preempt those of main: these get the signal that they asked for (SIGTERM
 # without --signal), have a minute, and are requeued.
 set -euo pipefail
@@ -18,6 +20,7 @@ export LC_ALL=C PATH=$PATH:/usr/sbin:/sbin
 unset "${!SLURM_@}" "${!SBATCH_@}" "${!SRUN_@}" # of a job that this may run in
 base=${CLUSTER_DIR:?a short folder of its own for the cluster}
 nodes=${CLUSTER_NODES:-2} cpus=${CLUSTER_CPUS:-4} port=${CLUSTER_PORT:-26800} requeue=${CLUSTER_REQUEUE:-1}
+array=${CLUSTER_ARRAY:-1001} jobs=${CLUSTER_JOBS:-10000}
 export SLURM_CONF=$base/slurm.conf
 
 fail() {
@@ -63,6 +66,8 @@ ReturnToService=2
 KillWait=5
 MinJobAge=3600
 JobRequeue=$requeue
+MaxArraySize=$array
+MaxJobCount=$jobs
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal

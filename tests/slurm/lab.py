@@ -36,12 +36,14 @@ class Cluster:
     Args:
         nodes: how many; they are called n1, n2, ...
         requeue: whether jobs that do not say may be requeued (JobRequeue).
+        limits: MaxArraySize and MaxJobCount.
     """
 
-    def __init__(self, *, nodes: int = 2, requeue: bool = True) -> None:
+    def __init__(self, *, nodes: int = 2, requeue: bool = True, limits: tuple[int, int] = (1001, 10_000)) -> None:
         self.hosts = [f"n{i}" for i in range(1, nodes + 1)]
         self.folder = Path(tempfile.mkdtemp(prefix="slurm", dir="/tmp"))  # sockets in it: their paths must be short
         settings = {"DIR": self.folder, "NODES": nodes, "PORT": _free_ports(nodes + 1), "REQUEUE": int(requeue)}
+        settings |= {"ARRAY": limits[0], "JOBS": limits[1]}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         self._starter = kept | {f"CLUSTER_{name}": str(value) for name, value in settings.items()}
         self.environment = {

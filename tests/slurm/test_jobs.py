@@ -311,3 +311,12 @@ def test_mistakes_are_found_before_anything_is_submitted(cluster: Cluster, plain
         (path / name).symlink_to(need_command(name, name))
     assert "error: sbatch: not found: expected a login node" in refused(PATH=str(path))
     assert not (plain.run / "slurm" / "jobs.json").exists()
+
+
+def test_tasks_get_the_cores_of_the_job_which_srun_does_not_take_over_itself(cluster: Cluster) -> None:
+    told = "srun --ntasks=1 bash -c 'echo cores $SLURM_CPUS_PER_TASK.'"
+    begin = f"FMRI_FLOW_PYTHON=true; . {ROOT}/slurm/job.sh; job_begin"
+    job = cluster.submit("cores", [told, begin, told], "--cpus-per-task=2", "--ntasks=1")
+    cluster.wait_for_state(job, "COMPLETED")
+    said = (cluster.folder / f"cores.{job}.out").read_text().splitlines()
+    assert said in (["cores .", "cores 2."], ["cores 2.", "cores 2."]), "before SLURM 22.05 srun took it over"

@@ -3,10 +3,10 @@
     shards -> stage 1 -> stage 2, beside each stage a worker that scores it, and a last job that writes the report
 
 A run takes part with what is still to be done: a stage that has finished or runs in an earlier job gives no new job,
-and what follows it waits for that job. Several runs (a sweep) that need the same are one job array, stage 2 element by
-element behind stage 1; a worker belongs to one run. Where jobs cannot be put back into the queue a training is several
-jobs, its links, of which each waits for the one before. Nothing here knows of SLURM but the names of its conditions;
-the last part says in which order the same chain runs without it.
+and what follows it waits for that job. Several runs (a sweep) that need the same are one job array, or several where
+SLURM allows none so long, stage 2 element by element behind stage 1; a worker belongs to one run. Where jobs cannot
+be put back into the queue a training is several jobs, its links, of which each waits for the one before. Nothing here
+knows of SLURM but the names of its conditions; the last part says in which order the same chain runs without it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,14 @@ class Shards:
     id: str = ""
 
 
-def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, links: int = 1) -> list[Job]:
+def pipeline(
+    home: Path,
+    runs: Sequence[Run],
+    *,
+    shards: Shards | None = None,
+    links: int = 1,
+    longest: int | None = None,
+) -> list[Job]:
     """The chain, in an order in which each job comes after what it waits for; empty where nothing is to be done.
 
     Args:
@@ -131,6 +138,7 @@ def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, l
         runs: those that take part; a run that another one stands around comes before it.
         shards: what makes them; None where they are there.
         links: jobs that a training consists of.
+        longest: elements that a job array may have; None for any number.
     """
     jobs: list[Job] = []
     data: tuple[Wait, ...] = ()
@@ -139,7 +147,7 @@ def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, l
         if not shards.id:
             jobs.append(Job("shards", "shards", (Element(home, shards.argv),)))
     trained: dict[tuple[Path, int], Wait] = {}
-    for group in _groups(runs):
+    for group in _groups(runs, longest):
         for stage in (1, 2):
             jobs += _stage(group, stage, data, trained, links, {job.key for job in jobs})
     if not jobs:
@@ -150,13 +158,17 @@ def pipeline(home: Path, runs: Sequence[Run], *, shards: Shards | None = None, l
     return [*jobs, Job("report", "report", (Element(home, report),), tuple(waits))]
 
 
-def _groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that need the same and wait for the same, together; in the order in which they first appear."""
+def _groups(runs: Sequence[Run], longest: int | None) -> list[list[Run]]:
+    """Runs that need the same and wait for the same, at most `longest` together; in the order in which they appear."""
     groups: dict[object, list[Run]] = {}
     for run in runs:
         needs = tuple((number, stage.needed, stage.id) for number, stage in sorted(run.stages.items()))
         groups.setdefault((needs, run.around), []).append(run)
-    return list(groups.values())
+    return [
+        group[first : first + (longest or len(group))]
+        for group in groups.values()
+        for first in range(0, len(group), longest or len(group))
+    ]
 
 
 def _stage(

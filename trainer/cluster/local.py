@@ -23,10 +23,10 @@ from submitit import DebugExecutor, LocalExecutor
 from trainer.cluster.chain import Job, Outcome, next_steps, one_by_one
 from trainer.cluster.plan import Plan
 from trainer.cluster.records import read_records
-from trainer.cluster.settings import JobSettings
 from trainer.cluster.submission import Site
 from trainer.cluster.task import Task
 from trainer.cluster.waiting import guilty_task, last_lines
+from trainer.run.launch import sharing, zero_environment
 from trainer.run.signals import StopRequest
 
 POLL_EVERY_S = 0.5
@@ -63,7 +63,8 @@ def run_here(plan: Plan, *, say: Say = print, make_task: MakeTask = Task) -> int
         outcomes |= _cancelled(jobs, outcomes, say)
         if outcomes.get(job.key) == "cancelled":
             continue
-        say(f"{job.key}: in this process")
+        shares = job.kind == "train" and plan.settings.of(job.name).zero_stage
+        say(f"{job.key}: in this process{', which shares nothing: zero_stage does not count here' if shares else ''}")
         element = job.elements[0]
         task = make_task(element.argv, run=str(element.run), name=job.name)
         with _environment(SUBMITIT_EXECUTOR="debug"):
@@ -153,8 +154,11 @@ class Driver:
         settings, element = self._plan.settings.of(job.name), job.elements[0]
         tasks = 1 if job.kind == "shards" else settings.tasks_per_node  # without mpiexec each would be alone
         executor = LocalExecutor(self._plan.folder, python=shlex.quote(settings.python or self._site.python))
-        executor.update_parameters(tasks_per_node=tasks, timeout_min=_FOREVER_MIN, **_gpus(settings))
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if tasks > 1 else {}
+        executor.update_parameters(tasks_per_node=tasks, timeout_min=_FOREVER_MIN, gpus_per_node=settings.gpus)
+        zero = settings.zero_stage if job.kind == "train" else None
+        environment = {**_chosen_gpus(settings.gpus), **({} if zero is None else zero_environment(zero))}
+        if tasks > 1 or zero:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         task = self._make_task(element.argv, run=str(element.run), name=job.name, environment=environment)
         # the controller would kill its tasks at a Ctrl-C; ignoring is inherited, and the trainings have their handlers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -164,7 +168,8 @@ class Driver:
             signal.signal(signal.SIGINT, before)
         self._outcomes[job.key] = "running"
         log = self._running[job.key].paths.stdout
-        self._say(f"{job.key}: {tasks} process{'es' if tasks > 1 else ''}, log {log}")
+        size = f"{tasks} process{'es' if tasks > 1 else ''}" + (f", {sharing(tasks, zero)}" if zero else "")
+        self._say(f"{job.key}: {size}, log {log}")
 
     def _look(self) -> None:
         """See which jobs have ended, and how."""
@@ -201,11 +206,10 @@ class Driver:
                     job._process.wait()
 
 
-def _gpus(settings: JobSettings) -> dict[str, Any]:
-    """How many GPUs, and which where somebody has chosen; submitit sets CUDA_VISIBLE_DEVICES for the processes."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = [int(number) for number in chosen.split(",") if number.strip().isdigit()]
-    return {"gpus_per_node": settings.gpus, **({"visible_gpus": numbers} if len(numbers) >= settings.gpus > 0 else {})}
+def _chosen_gpus(number: int) -> dict[str, str]:
+    """The first of the GPUs that somebody has chosen, by number or by UUID; submitit would take the first of all."""
+    chosen = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen[:number])} if len(chosen) >= number > 0 else {}
 
 
 def _free_port() -> int:

@@ -18,6 +18,7 @@ from itertools import groupby
 
 from trainer.cluster.chain import Job
 from trainer.cluster.settings import JobSettings
+from trainer.run.launch import sharing
 
 
 @dataclass
@@ -89,7 +90,9 @@ def _size(row: Row, settings: JobSettings) -> list[str]:
     first = row.jobs[0]
     tasks = f"{settings.tasks_per_node} task" + ("s" if settings.tasks > 1 else "")
     size = f"{settings.nodes} x {tasks}" if settings.nodes > 1 else tasks
-    number = len(first.elements) if len(first.elements) > 1 else len(row.jobs) if first.links == 1 else 1
+    if first.kind == "train" and settings.zero_stage:
+        size += f", {sharing(settings.tasks, settings.zero_stage)}"
+    number = sum(len(job.elements) for job in row.jobs if job.link == 1)
     return [f"{number} x ({size})" if number > 1 else size, said(settings.time), _when(row)]
 
 

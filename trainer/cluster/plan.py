@@ -12,12 +12,13 @@ asks for one stage 2 a subject around the stage 1 of all.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.cluster import sweep
+from trainer.cluster import limits, sweep
 from trainer.cluster.chain import Job, Run, Shards, Stage, pipeline
+from trainer.cluster.limits import Limits
 from trainer.cluster.settings import OVERRIDE, Settings, load_settings
 from trainer.config import Config, continued, load_config
 from trainer.data.layout import load_layout
@@ -27,6 +28,8 @@ from trainer.paths import is_remote
 from trainer.run import jobs as queue
 from trainer.run.directory import RunDirectory
 from trainer.run.files import write_new
+
+AskLimits = Callable[[str | None], Limits]
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,20 @@ class Plan:
         """Whether all is done in `home`, which is a run directory then."""
         return all(element.run == self.home for job in self.jobs for element in job.elements)
 
-    def prepare(self) -> None:
-        """Write the configurations that are not there yet, and give each subject's run its stage 1."""
+    def prepare(self, written: list[Path] | None = None) -> None:
+        """Write the configurations that are not there yet, and give each subject's run its stage 1.
+
+        Args:
+            written: the configurations that were written are added to it.
+        """
         sweep.link_stage1(self.home, self.subjects)
         for path, text in self.configs.items():
-            if not path.exists() and not write_new(path, text):
+            if path.exists():
+                continue
+            if not write_new(path, text):
                 raise InputError(path, "has just been written by another submission", fix="Submit again.")
+            if written is not None:
+                written.append(path)
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -109,7 +120,13 @@ def _member(path: Path, config: Config, stages: tuple[int, ...] = (1, 2), around
 
 
 def make_plan(
-    config: Path, slurm: Path, run: Path | None, overrides: Sequence[str], *, array: Path | None = None
+    config: Path,
+    slurm: Path,
+    run: Path | None,
+    overrides: Sequence[str],
+    *,
+    array: Path | None = None,
+    ask: AskLimits | None = limits.ask,
 ) -> Plan:
     """Check everything, and see what of the pipeline is to be done.
 
@@ -119,9 +136,11 @@ def make_plan(
         run: the run directory, or the folder of a sweep; None for output/<name of the config>.
         overrides: `key=value` of the training and `slurm.key=value` of the jobs.
         array: a sweep file, whose runs are submitted as job arrays.
+        ask: tells what SLURM takes from an account; None where the chain runs without SLURM.
 
     Raises:
-        InputError: something is wrong with one of these, or a run is being trained outside of the queue.
+        InputError: something is wrong with one of these, a run is being trained outside of the queue, or there are more
+            jobs than SLURM takes.
     """
     own, of_jobs = split_overrides(overrides)
     training, settings = load_config(config, own), load_settings(slurm, of_jobs)
@@ -139,11 +158,31 @@ def make_plan(
         for member, (path, _), stages in zip(members, files, standing, strict=True)
     ]
     shards, notes = _shards([member.config for member in members], settings, home, standing)
-    chain = pipeline(home, runs, shards=shards, links=settings.links)
+    taken = ask(settings.of("stage1").account) if ask is not None and len(members) > 1 else None
+    chain = pipeline(home, runs, shards=shards, links=settings.links, longest=taken.array if taken else None)
+    if taken is not None:
+        notes += _check_limits(chain, len(members), taken, array or config)
     for member, stages in zip(members, standing, strict=True):
         name = "" if member.path == home else f"{member.path.name}, "
         notes += [f"{name}{line}" for number, stage in stages.items() for line in _notes(number, stage)]
     return Plan(home, settings, slurm, chain, notes, dict(files) if chain else {}, chosen if separate else ())
+
+
+def _check_limits(chain: Sequence[Job], runs: int, taken: Limits, source: Path) -> list[str]:
+    """What to say of runs that are too many for one array. Raises InputError for more jobs than SLURM takes."""
+    number = sum(len(job.elements) for job in chain)
+    if taken.jobs is not None and number > taken.jobs:
+        raise InputError(
+            source,
+            "gives more jobs than SLURM takes",
+            found=f"{number} of training, scoring and the report",
+            expected=f"at most {taken.jobs} ({taken.name})",
+            fix="Submit a part of the runs, and the others when these have ended.",
+        )
+    if runs <= taken.array:
+        return []
+    why = "as MaxArraySize says" if taken.known else "SLURM's default, as scontrol does not tell MaxArraySize"
+    return [f"job arrays of at most {taken.array} runs each: {why}"]
 
 
 def _stage(home: Path, number: int) -> Stage:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -22,7 +22,7 @@ from trainer.strict import Few, Size, StrictModel, apply_overrides, read_yaml, v
 OVERRIDE = "slurm."
 """How an override of these settings begins on the command line; all others are the training's."""
 
-_ALONE = {"nodes": 1, "tasks_per_node": 1}
+_ALONE = {"nodes": 1, "tasks_per_node": 1, "zero_stage": None}
 _NO_GPU = {"gpus_per_node": None, "gres": None}
 _OF_THEIR_OWN: dict[str, dict[str, Any]] = {
     "shards": _ALONE | _NO_GPU,
@@ -67,6 +67,11 @@ class JobSettings(StrictModel):
     )
     sbatch: dict[str, str | int | float | bool] = Field({}, description="other options, e.g. {exclusive: true}")
     srun: list[str] = Field([], description="other arguments of srun")
+    zero_stage: Literal[0, 1, 2] | None = Field(
+        None,
+        description="what the processes of a training share out: 1 Adam's moments, 2 gradients too, 0 nothing (DDP); "
+        "null: as 0, unless the environment of who submits says otherwise",
+    )
 
     @field_validator("time", mode="before")
     @classmethod
@@ -119,6 +124,13 @@ class Settings(JobSettings):
     stage2: JobSettings = Field(JobSettings(), description="overrides for the training of stage 2")
     evaluate: JobSettings = Field(JobSettings(), description="overrides for the evaluation workers")
     report: JobSettings = Field(JobSettings(), description="overrides for the report")
+
+    @field_validator("shards", "evaluate", "report")
+    @classmethod
+    def _trains_nothing(cls, section: JobSettings) -> JobSettings:
+        if section.zero_stage:
+            raise ValueError("zero_stage is for trainings: set it at the top, or for stage1 and stage2")
+        return section
 
     def of(self, job: str) -> JobSettings:
         """What a job of this name asks for: shards, stage1, stage2, evaluate1, evaluate2 or report."""

@@ -2,7 +2,8 @@
 
 submitit writes each batch script, pickles what its tasks run and asks sbatch. What it does not know is written around
 its `srun`: `setup` is everything before it, down to `job_begin` of slurm/job.sh, and `teardown` is `job_end`, which
-decides about a requeue. All jobs are submitted, or none: when sbatch refuses one, those before it are cancelled.
+decides about a requeue. All jobs are submitted, or none: when sbatch refuses one, those before it are cancelled, and
+what was written is deleted.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from typing import Any
 from submitit import SlurmExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from trainer.cluster import snapshot
 from trainer.cluster.chain import Job, dependency
 from trainer.cluster.plan import Plan, recorded
 from trainer.cluster.settings import JobSettings, Settings
 from trainer.cluster.task import Task
+from trainer.cluster.traces import Traces
 from trainer.errors import InputError
 from trainer.run import jobs as queue
 from trainer.run.code import sha256
+from trainer.run.launch import zero_environment
 
 ASK_S = 20
-"""How long sinfo or scancel may take."""
+"""How long sinfo, or the question of `check`, may take."""
+AT_ONCE = 256
+"""So many runs of a sweep train at once (submitit's default)."""
 
 
 class Executor(SlurmExecutor):
@@ -63,6 +69,9 @@ def executor_of(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> Exe
     settings = plan.settings.of(job.name)
     executor = Executor(plan.folder, python=shlex.quote(settings.python or site.python))
     executor.update_parameters(**options_of(job, settings), **_around(job, settings, plan.settings, site, ids))
+    # elements that run at once; the arrays of a long sweep share that number
+    beside = sum(len(other.elements) for other in plan.jobs if (other.name, other.link) == (job.name, job.link))
+    executor.update_parameters(array_parallelism=max(1, AT_ONCE * len(job.elements) // max(beside, 1)))
     return executor
 
 
@@ -115,6 +124,9 @@ def _setup(job: Job, settings: JobSettings, all_jobs: Settings, site: Site, ids:
         name = shlex.quote(settings.interface)
         lines.append(f"export NCCL_SOCKET_IFNAME={name} GLOO_SOCKET_IFNAME={name}")
     lines.append(f". {shlex.quote(str(site.code / 'slurm' / 'job.sh'))} || exit")
+    if job.kind == "train" and settings.zero_stage is not None:
+        words = zero_environment(settings.zero_stage).items()
+        lines.append(f"export {' '.join(f'{name}={value}' for name, value in words)}")
     run, index = shlex.quote(str(job.elements[0].run)), ""
     if len(job.elements) > 1:
         lines.append(f"runs=({' '.join(shlex.quote(str(element.run)) for element in job.elements)})")
@@ -132,11 +144,14 @@ def scripts(plan: Plan, site: Site) -> dict[str, str]:
     return {job.key: executor_of(job, plan, site, {}).script(len(job.elements)) for job in plan.jobs}
 
 
-def submit(plan: Plan, site: Site) -> dict[str, str]:
+def submit(plan: Plan, site: Site, snapshot_of: Path | None = None) -> dict[str, str]:
     """Submit a chain; the ids of its jobs by their keys.
 
+    Args:
+        snapshot_of: the checkout of which a copy is taken, for the jobs to run; None: they run `site.code` as it is.
+
     Raises:
-        InputError: there is no sbatch, or it refuses a job. Then none is left in the queue.
+        InputError: there is no sbatch, or it refuses a job. Then nothing is left in the queue, nor on disk.
     """
     if shutil.which("sbatch") is None:
         raise InputError(
@@ -146,23 +161,35 @@ def submit(plan: Plan, site: Site) -> dict[str, str]:
             "--cluster local.",
         )
     check(plan, site)
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    plan.prepare()
+    traces = Traces(list(dict.fromkeys([plan.home, *(element.run for job in plan.jobs for element in job.elements)])))
+    try:
+        for run in traces.runs:
+            traces.make(run / "slurm")
+        if snapshot_of is not None:
+            traces.files += [plan.home / "code"] if not (plan.home / "code").exists() else []
+            snapshot.take(plan.home, root=snapshot_of)
+        plan.prepare(traces.files)
+        return _submit_all(plan, site, traces)
+    except BaseException as error:
+        left = traces.undo()
+        if left and isinstance(error, InputError):
+            raise InputError(str(error), "", fix=left) from error
+        raise
+
+
+def _submit_all(plan: Plan, site: Site, traces: Traces) -> dict[str, str]:
     ids: dict[str, str] = {}
     code = sha256(site.code)
-    try:
-        for job in plan.jobs:
-            ids[job.key] = _submit(job, plan, site, ids)
-            _record(job, ids, code)
-    except BaseException:
-        if ids:
-            _scancel(list(ids.values()))
-        raise
+    for job in plan.jobs:
+        ids[job.key] = job_id = _submit(job, plan, site, ids)
+        many = len(job.elements) > 1
+        traces.ids += [f"{job_id}_{i}" for i in range(len(job.elements))] if many else [job_id]
+        _record(job, ids, code)
     return ids
 
 
 def check(plan: Plan, site: Site) -> None:
-    """Ask SLURM whether it could run such jobs, before anything is written or submitted.
+    """Ask SLURM whether it could run such jobs and arrays, before anything is written or submitted.
 
     sbatch takes some jobs that can never run, e.g. of more nodes than a partition has. A site where the question itself
     does not work is left to the submission.
@@ -170,21 +197,19 @@ def check(plan: Plan, site: Site) -> None:
     Raises:
         InputError: it could not, for a reason that the settings can change.
     """
-    asked: list[JobSettings] = []
-    for job in plan.jobs:
-        settings = plan.settings.of(job.name)
-        if settings in asked:
+    asked: list[tuple[JobSettings, int]] = []
+    for job in sorted(plan.jobs, key=lambda job: -len(job.elements)):  # of arrays, the longest
+        settings, number = plan.settings.of(job.name), len(job.elements)
+        if any(settings == other and number <= longest for other, longest in asked):
             continue
-        asked.append(settings)
-        alone = replace(job, waits=(), elements=job.elements[:1])
+        asked.append((settings, number))
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            script = executor_of(alone, plan, site, {}).script(1)
+            script = executor_of(replace(job, waits=()), plan, site, {}).script(number)
             done = subprocess.run(
                 ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=ASK_S
             )
-            error = refusal(done.stderr, job, plan) if done.returncode else None
-            if error is not None and ADVISED in str(error):
-                raise error
+            if done.returncode and _read(done.stderr)[1] is not None:
+                raise refusal(done.stderr, job, plan)
 
 
 def _submit(job: Job, plan: Plan, site: Site, ids: Mapping[str, str]) -> str:
@@ -210,11 +235,6 @@ def _record(job: Job, ids: Mapping[str, str], code: str) -> None:
         queue.record(element.run, [recorded(job, ids[job.key], which, earlier, code)])
 
 
-def _scancel(ids: Sequence[str]) -> None:
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(["scancel", *ids], capture_output=True, timeout=ASK_S)
-
-
 ADVICE = {
     "partition name": ("partition", "`sinfo` lists them"),
     "account": ("account", "`sacctmgr show associations user=$USER format=account,partition` lists yours"),
@@ -232,28 +252,37 @@ ADVICE = {
     "node name": ("exclude", "`sinfo -N` lists the nodes"),
 }
 """Words of sbatch's refusals -> the key to change, and how to find out what it may be."""
-
-
-ADVISED = "in that file, or slurm."
+LIMITED = {
+    "accounting/qos policy": "Submit fewer jobs at once, for less time, or from another account or QOS (`sacctmgr show "
+    "associations user=$USER format=account,qos,maxsubmitjobs,maxwall` and `sacctmgr show qos` list the limits).",
+    "job array": "Submit fewer runs at once (`scontrol show config | grep MaxArraySize` says how long arrays may be).",
+}
+"""Words of refusals that no single key is to blame for -> what to do."""
 
 
 def refusal(text: str, job: Job, plan: Plan) -> InputError:
     """What sbatch's refusal means for who wrote the settings."""
-    starts = ("sbatch: error: ", "allocation failure: ", "Batch job submission failed: ")
-    lines = [_without(line, starts) for line in text.splitlines() if line.startswith(starts)] or [
-        " ".join(text.split())
-    ]
+    lines, advice = _read(text)
     settings = plan.settings.of(job.name)
-    for why in lines:
-        for words, (keys, how) in ADVICE.items():
-            if words in why.lower():
-                first = re.split(r"\W", keys)[0]
-                expected = partitions() if first == "partition" else None
-                fix = f"Set {keys} {ADVISED}{first}=... on the command line ({how})."
-                found = getattr(settings, first) if " " not in keys else None
-                what = f"{job.name}: SLURM says: {why}"
-                return InputError(plan.source, what, found=found, expected=expected, fix=fix)
-    return InputError(plan.source, f"{job.name}: SLURM says: {lines[-1]}", fix="`--dry-run` shows the script.")
+    what = f"{job.name}: SLURM says: {'; '.join(lines)}"
+    if isinstance(advice, tuple):
+        keys, how = advice
+        first = re.split(r"\W", keys)[0]
+        expected = partitions() if first == "partition" else None
+        found = getattr(settings, first) if " " not in keys else None
+        fix = f"Set {keys} in that file, or slurm.{first}=... on the command line ({how})."
+        return InputError(plan.source, what, found=found, expected=expected, fix=fix)
+    return InputError(plan.source, what, fix=advice or "`--dry-run` shows the script.")
+
+
+def _read(text: str) -> tuple[list[str], tuple[str, str] | str | None]:
+    """The reasons in what sbatch says, and the advice for the first of them that is known."""
+    starts = ("sbatch: error: ", "allocation failure: ", "Batch job submission failed: ")
+    lines = [_without(line, starts) for line in text.splitlines() if line.startswith(starts)]
+    lines = list(dict.fromkeys(lines)) or [" ".join(text.split())]
+    known: dict[str, tuple[str, str] | str] = {**LIMITED, **ADVICE}
+    found = (advice for line in lines for words, advice in known.items() if words in line.lower())
+    return lines, next(found, None)
 
 
 def _without(line: str, starts: Sequence[str]) -> str:

@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def announced(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torch has to be told of a world of several processes that submitit started on this machine."""
+    """What torch has to be told of a world that submitit started on this machine: of several processes, or sharded."""
     tasks = int(environment.get("SUBMITIT_LOCAL_NTASKS", 1))
-    if environment.get("SUBMITIT_EXECUTOR") != "local" or tasks == 1:
+    sharded = environment.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if environment.get("SUBMITIT_EXECUTOR") != "local" or (tasks == 1 and not sharded):
         return {}
     rank = environment["SUBMITIT_LOCAL_GLOBALID"]
     local = environment.get("SUBMITIT_LOCAL_LOCALID", rank)

@@ -5,12 +5,10 @@ Batches are the same to the bit in all three places. What a copy does not hold i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from trainer.data.batches import Anchors, Batch
 from trainer.data.manifest import BOLD, Manifest, Stream
+from trainer.data.memory import free_host_memory
 from trainer.data.plan import Span, Window
 from trainer.data.shards import Shards
 from trainer.data.sharing import SharedMemory, is_shared
@@ -87,16 +86,9 @@ def _gb(size: int) -> str:
 
 
 def free_memory(device: torch.device) -> tuple[int | None, int]:
-    """Bytes free on a GPU (None for any other device), and in this node's memory or control group."""
+    """Bytes free on a GPU (None for any other device), and in memory, within the limits of the process's job."""
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    available = {line.split(":")[0]: line.split() for line in Path("/proc/meminfo").read_text().splitlines()}
-    host = int(available["MemAvailable"][1]) * 1024
-    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for folder in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
-            with contextlib.suppress(OSError, ValueError):
-                left = int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text())
-                host = min(host, max(left, 0))
-    return on_device, host
+    return on_device, free_host_memory()
 
 
 def reside(

@@ -113,6 +113,16 @@ def record(run: Path, jobs: Sequence[Job]) -> None:
     write_json(_path(run), [asdict(job) for job in [*known, *jobs]])
 
 
+def forget(run: Path, ids: Collection[str]) -> None:
+    """Take jobs out of the list again, where SLURM has refused what belonged to them."""
+    known = read(run)
+    kept = [job for job in known if job.id not in ids]
+    if known and not kept:
+        _path(run).unlink()
+    elif len(kept) < len(known):
+        write_json(_path(run), [asdict(job) for job in kept])
+
+
 def read(run: Path) -> list[Job]:
     """The jobs that were submitted for a run, oldest first.
 
@@ -177,6 +187,12 @@ def states(ids: Sequence[str], *, run: Run = subprocess.run) -> dict[str, JobSta
 def is_over(state: JobState) -> bool:
     """Whether a job will do no more: it has ended, SLURM knows nothing of it, or it waits for what cannot come."""
     return state.state not in _LIVE or _NEVER in state.reason
+
+
+def living(ids: Sequence[str], *, ask: Run = subprocess.run) -> tuple[tuple[str, ...], str]:
+    """Which jobs, elements of arrays one by one, are not over; and why there may be others, as of `in_queue`."""
+    answer = _ask(ids, ask)
+    return tuple(id for id in ids if not is_over(answer.states[id])), answer.trouble
 
 
 def alive(run: Path, stage: int, *, ask: Run = subprocess.run) -> bool:

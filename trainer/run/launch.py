@@ -40,13 +40,14 @@ class Launch:
     zero_stage: int | None = None
 
 
-def read_launch(environment: Mapping[str, str], parent: Parent, precision: str = "no") -> Launch:
+def read_launch(environment: Mapping[str, str], parent: Parent, precision: str = "no", gpus: int = 0) -> Launch:
     """The launch of this process.
 
     Args:
         environment: of this process.
         parent: who started it; tells whether `accelerate launch` was asked for more processes than it starts.
         precision: of the configuration; a launcher that asks for another one is refused.
+        gpus: how many this process sees; 0 where it computes on the CPU.
 
     Raises:
         InputError: several processes were asked for that would not know of each other, or what was asked for does not
@@ -54,7 +55,7 @@ def read_launch(environment: Mapping[str, str], parent: Parent, precision: str =
     """
     _check_accelerate(environment, precision)
     if "RANK" in environment:
-        return _read_torchrun(environment)
+        return _read_torchrun(environment, gpus)
     if environment.get("WORLD_SIZE", "1") != "1":
         raise InputError("WORLD_SIZE", "is set, but RANK is not", found=environment["WORLD_SIZE"], fix=HOW_TO_START)
     if "WORLD_SIZE" not in environment:
@@ -62,13 +63,15 @@ def read_launch(environment: Mapping[str, str], parent: Parent, precision: str =
         _check_simple_launcher(environment, parent)
         tasks, step = _number(environment, "SLURM_NTASKS", 1), _number(environment, "SLURM_STEP_NUM_TASKS", 1)
         if step > 1:
-            return _read_srun(environment, step)
+            return _read_srun(environment, step, gpus)
         if tasks > 1:
             raise InputError(
                 "SLURM_NTASKS",
                 f"{tasks - 1} of {tasks} tasks would be idle, as neither srun nor torchrun started this process",
                 fix=f"Start with `srun python -m trainer train ...`, or ask for one task. {ALONE}",
             )
+        if _zero_stage(environment) is not None and "SLURM_STEP_ID" in environment:
+            return _read_srun(environment, step, gpus)
     if _zero_stage(environment) is not None:
         raise InputError("DeepSpeed", "needs a launcher that sets RANK, even for one process", fix=HOW_TO_START)
     return Launch("srun" if "SLURM_STEP_ID" in environment else "one process")
@@ -82,7 +85,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         raise InputError(name, "announces this process", found=repr(value), expected="a number") from None
 
 
-def _read_torchrun(environment: Mapping[str, str]) -> Launch:
+def _read_torchrun(environment: Mapping[str, str], gpus: int) -> Launch:
     """torchrun, and `accelerate launch`, which starts its processes through torchrun."""
     missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
@@ -91,10 +94,13 @@ def _read_torchrun(environment: Mapping[str, str]) -> Launch:
     if not 0 <= rank < world:
         raise InputError("RANK", "lies outside the world", found=rank, expected=f"0 to {world - 1}")
     launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in environment else "torchrun"
-    return Launch(launcher, rank, world, zero_stage=_zero_stage(environment))
+    local = _number(environment, "LOCAL_RANK")
+    device = local_device(local, gpus)
+    settings = {} if device == local else {"LOCAL_RANK": str(device)}
+    return Launch(launcher, rank, world, settings, _zero_stage(environment))
 
 
-def _read_srun(environment: Mapping[str, str], world: int) -> Launch:
+def _read_srun(environment: Mapping[str, str], world: int, gpus: int) -> Launch:
     """A task of `srun python -m trainer train`: SLURM's names become those that torch reads."""
     rank, step = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_ID")
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
@@ -106,13 +112,22 @@ def _read_srun(environment: Mapping[str, str], world: int) -> Launch:
     settings = {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
-        "LOCAL_RANK": str(_number(environment, "SLURM_LOCALID")),
+        "LOCAL_RANK": str(local_device(_number(environment, "SLURM_LOCALID"), gpus)),
         "LOCAL_WORLD_SIZE": str(local),
         "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(hosts),
         "MASTER_PORT": environment.get("MASTER_PORT")
         or str(master_port(_number(environment, "SLURM_JOB_ID", 0), step)),
     }
     return Launch("srun", rank, world, settings, _zero_stage(environment))
+
+
+def local_device(local_rank: int, gpus: int) -> int:
+    """The number of a process's GPU, which is what libraries read from LOCAL_RANK.
+
+    Where SLURM shows each task the GPU of its own alone (--gpus-per-task, --gpu-bind), that one is number 0 for every
+    task: DeepSpeed and DDP, which take LOCAL_RANK as it is, would ask for a GPU that their process does not see.
+    """
+    return local_rank % gpus if gpus else local_rank
 
 
 def first_host(nodes: str) -> str:
@@ -184,6 +199,18 @@ def _check_accelerate(environment: Mapping[str, str], precision: str) -> None:
             expected=f"no, or the configuration's {precision}",
             fix=f"Leave mixed_precision to the configuration: precision={asked}.",
         )
+
+
+def sharing(world: int, zero_stage: int | None) -> str:
+    """How processes share the work, as people say it; empty for one process that shares nothing."""
+    return f"ZeRO-{zero_stage}" if zero_stage else "DDP" if world > 1 else ""
+
+
+def zero_environment(stage: int) -> dict[str, str]:
+    """What tells a process to train with ZeRO of a stage, in the words of `accelerate launch`; 0: not to."""
+    if not stage:
+        return {"ACCELERATE_USE_DEEPSPEED": "false"}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
 
 
 def _zero_stage(environment: Mapping[str, str]) -> int | None:

@@ -42,8 +42,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Processes:
     """What the launcher made of this process, one of `world`; all ranks make the same calls in the same order.
 
-    `sharded` says that DeepSpeed shares optimizer states and gradients out. `precision` is `no`, `bf16` or `fp16`, and
-    is applied by `autocast` alone: accelerate and DeepSpeed are told `no`, so that weights and gradients stay float32.
+    `zero_stage` is DeepSpeed's; None without it. `precision` is `no`, `bf16` or `fp16`, and is applied by `autocast`
+    alone: accelerate and DeepSpeed are told `no`, so that weights and gradients stay float32.
     """
 
     accelerator: Accelerator
@@ -52,10 +52,15 @@ class Processes:
     device: torch.device
     host: str
     launcher: str
-    sharded: bool
+    zero_stage: int | None
     precision: str
     timeout_s: float
     control: Any = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed shares optimizer states (ZeRO-1), and gradients (ZeRO-2), out."""
+        return self.zero_stage is not None
 
     @property
     def is_main(self) -> bool:
@@ -155,9 +160,9 @@ def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> 
     Raises:
         InputError: the processes do not see each other, or not as the launcher announced them; a port is taken.
     """
-    launch = read_launch(os.environ, _parent(), precision)
-    os.environ.update(launch.settings)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    launch = read_launch(os.environ, _parent(), precision, 0 if on_cpu else torch.cuda.device_count())
+    os.environ.update(launch.settings)
     _set_determinism(deterministic, on_cpu)
     patience = timedelta(seconds=timeout_s + GRACE_SECONDS)
     accelerator = join(launch, on_cpu, patience)
@@ -168,7 +173,7 @@ def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> 
         device=torch.device("cpu") if on_cpu else accelerator.device,  # accelerate also says "cpu:0"
         host=socket.gethostname(),
         launcher=launch.launcher,
-        sharded=launch.zero_stage is not None,
+        zero_stage=launch.zero_stage,
         precision=precision,
         timeout_s=timeout_s,
         control=dist.new_group(backend="gloo", timeout=patience) if launch.world > 1 else None,

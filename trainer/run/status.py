@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from trainer.errors import InputError
 from trainer.run import checkpoint, heartbeat, jobs
 from trainer.run.alive import Owner
 from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.run.files import read_object
 from trainer.run.jobs import Job, JobState, is_over
+from trainer.run.launch import sharing
 
 State = Literal["waiting", "running", "stale", "finished", "interrupted", "failed"]
 
@@ -33,6 +35,7 @@ class StageFacts:
         title: as in the log, "Stage 1" or "Stage 1 refit".
         waits_for: why it cannot start yet; empty where it could.
         heartbeat: of the stage's newest start; None where nobody has started.
+        start: what that start wrote down about itself.
         lives: whether that start still runs.
         finished: the stage's finished.json.
         refit_begun: this is the part before a refit that is under way or done.
@@ -46,6 +49,7 @@ class StageFacts:
     now: float
     waits_for: str = ""
     heartbeat: Mapping[str, Any] | None = None
+    start: Mapping[str, Any] = field(default_factory=dict)
     lives: bool = False
     finished: Mapping[str, Any] | None = None
     refit_begun: bool = False
@@ -64,6 +68,7 @@ class StageStatus:
         step: of that phase; with `total`, its planned end (an early stop may come first).
         seconds_left: of that phase, at the pace of the last minutes.
         owner: the process, and the number of its start.
+        world: the processes of the newest start, and how they share the work; empty for one that shares nothing.
         loss: (step, mean training loss since the line before, windows/s).
         best: (set, step, r) of the checkpoint that the validations choose so far.
         checkpoint: (step, age in seconds) of the newest one.
@@ -77,6 +82,7 @@ class StageStatus:
     total: int | None = None
     seconds_left: float | None = None
     owner: tuple[Owner, int] | None = None
+    world: str = ""
     loss: tuple[int, float, float] | None = None
     best: tuple[str, int, float | None] | None = None
     checkpoint: tuple[int, float] | None = None
@@ -106,6 +112,7 @@ def stage_status(facts: StageFacts) -> StageStatus:
         total=total,
         seconds_left=left,
         owner=owner,
+        world=_world(facts.start),
         loss=(trained[-1]["step"], trained[-1]["loss"], trained[-1]["windows_per_s"]) if trained else None,
         best=_best(facts.scores),
         checkpoint=facts.checkpoint and (facts.checkpoint[0], max(0.0, facts.now - facts.checkpoint[1])),
@@ -128,6 +135,13 @@ def _state(facts: StageFacts) -> tuple[State, str]:
     return "stale", f"no sign of life of {Owner.read(beat)}"
 
 
+def _world(start: Mapping[str, Any]) -> str:
+    """The processes of a start: `8 of srun, ZeRO-2`; an older version did not note how they share the work."""
+    world = start.get("world", 1)
+    how = sharing(world, start["zero_stage"]) if "zero_stage" in start else ""
+    return f"{world} of {start['launcher']}{', ' if how else ''}{how}" if world > 1 or how else ""
+
+
 def _best(scores: Sequence[Mapping[str, Any]]) -> tuple[str, int, float | None] | None:
     for name in sorted({score["set"] for score in scores if score.get("validation")}):
         step = checkpoint.best_step(scores, name)
@@ -144,6 +158,7 @@ def described(status: StageStatus) -> list[str]:
     if status.owner is not None:
         owner, start = status.owner
         rows.append(("process", f"{owner.pid} on {owner.host}, start {start}"))
+    rows.append(("processes", status.world))
     if status.loss is not None:
         step, loss, speed = status.loss
         rows.append(("loss", f"{loss:.4f} at step {step}, {speed:.0f} windows/s"))
@@ -231,6 +246,7 @@ def read_facts(run: RunDirectory, number: int) -> list[StageFacts]:
     """What the files say of a stage and, where it has begun, of its refit."""
     stage = run.stage(number)
     beat = heartbeat.read_heartbeat(stage.path)
+    start = stage.path / "starts" / f"{beat['start'] if beat else 0}.json"
     finished = stage.finished()
     lives = finished is None and beat is not None and _lives(stage.path, beat)
     waits = "stage 1 is not finished" if number == 2 and run.stage(1).finished() is None else ""
@@ -242,6 +258,7 @@ def read_facts(run: RunDirectory, number: int) -> list[StageFacts]:
             now=time.time(),
             waits_for=waits,
             heartbeat=beat,
+            start=read_object(start) if start.exists() else {},
             lives=lives,
             finished=finished,
             refit_begun=refit_begun,

@@ -24,6 +24,7 @@ from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.heartbeat import Heartbeat
 from trainer.run.jobs import other_code
+from trainer.run.launch import sharing
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import shapes_of
@@ -57,6 +58,8 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     processes.first(lambda: _claim(config, run, stages, resume=resume, overwrite=overwrite))
     where = study.reside(processes.device)
     if processes.is_main:
+        if how := sharing(processes.world, processes.zero_stage):
+            say(f"{processes.world} process{'es' if processes.world > 1 else ''} of {processes.launcher}: {how}")
         say(where)
         for name in study.without_bold():
             say(f"datasets.{name}: no run has BOLD, so it is not scored; `predict --set {name}` predicts it")
@@ -89,8 +92,9 @@ def _train_stage(job: Job, number: int) -> None:
 
 def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
     """Write down who starts, with which code and configuration; returns the number of the start."""
-    facts = {"world": job.processes.world, "launcher": job.processes.launcher, "hosts": hosts}
-    start = directory.begin(job.config.to_yaml(), **facts)
+    processes = job.processes
+    facts = {"world": processes.world, "launcher": processes.launcher, "zero_stage": processes.zero_stage}
+    start = directory.begin(job.config.to_yaml(), **facts, hosts=hosts)
     warning = other_code(job.run.path)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
