@@ -94,6 +94,12 @@ class BoldConfig(StrictModel):
     standardise: Literal["none", "run", "subject"] = Field(
         "none", description="z-score each parcel over a `run`, over a `subject`'s training TRs, or not at all"
     )
+    keep_parcels: list[NotNegative] | Literal["all"] = Field(
+        [],
+        description="parcels, counted from 0, that are z-scored by their own std although it is below 1e-4 of the "
+        "median parcel's; `all`: every one",
+        json_schema_extra={"before": "all"},
+    )
 
 
 class TransformerConfig(StrictModel):
@@ -164,6 +170,12 @@ class Stage1Config(OptimisationConfig):
 
     model: AnchorConfig = Field(AnchorConfig(), description="architecture (table below)")
     standardise_features: bool = Field(True, description="z-score every feature with the training set's statistics")
+    keep_columns: list[Annotated[str, Field(pattern=r"^.+:\d+$")]] | Literal["all"] = Field(
+        [],
+        description="columns `KEY/LAYER:COLUMN`, counted from 0, that are z-scored although their std in training is "
+        "below 1e-4 of the median of their stream, where a column is otherwise left out; `all`: every one",
+        json_schema_extra={"before": "all"},
+    )
 
 
 class DecoderConfig(StrictModel):
@@ -295,6 +307,11 @@ class Config(StrictModel):
         "tensorboard", description="where the lines of the log go too; wandb needs its own package"
     )
     timeout_s: float = Field(600, gt=0, description="seconds without progress after which a process ends the job")
+    tf32: bool = Field(
+        False,
+        description="float32 products and convolutions on NVIDIA GPUs are formed of 10 bits (TF32), which is faster; "
+        "CPUs know no difference",
+    )
 
     @field_validator("precision", mode="before")
     @classmethod

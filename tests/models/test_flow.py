@@ -283,7 +283,7 @@ def test_losses_of_micro_batches_add_up_to_the_batches(options: dict[str, Any], 
     for parts in ([torch.arange(5)], [order[:cut], order[cut:]]):
         flow.zero_grad()
         losses = [
-            flow.loss(bold[part], anchor[part], mask[part], subject[part], keys[part], count=mask.sum())
+            flow.loss(bold[part], anchor[part], mask[part], subject[part], keys[part], count=int(mask.sum()))
             for part in parts
         ]
         torch.stack(losses).sum().backward()
