@@ -6,12 +6,13 @@ table is made from these descriptions, and a test keeps the two equal.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, field_validator, model_validator
 
 from trainer.strict import StrictModel, apply_overrides, flat, read_yaml, validated
 
@@ -20,6 +21,18 @@ def _odd(size: int) -> int:
     if size % 2 == 0:
         raise ValueError(f"found {size}, expected an odd number")
     return size
+
+
+def _columns(given: object) -> object:
+    if given == "all" or (isinstance(given, list) and all(re.fullmatch(r".+:\d+", str(name)) for name in given)):
+        return given
+    raise ValueError(f"found {given!r}, expected a list of columns such as [vjepa2/norm:12], or all")
+
+
+def _parcels(given: object) -> object:
+    if given == "all" or (isinstance(given, list) and all(type(number) is int and number >= 0 for number in given)):
+        return given
+    raise ValueError(f"found {given!r}, expected a list of parcels such as [0, 12], or all")
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -94,7 +107,7 @@ class BoldConfig(StrictModel):
     standardise: Literal["none", "run", "subject"] = Field(
         "none", description="z-score each parcel over a `run`, over a `subject`'s training TRs, or not at all"
     )
-    keep_parcels: list[NotNegative] | Literal["all"] = Field(
+    keep_parcels: Annotated[list[NotNegative] | Literal["all"], BeforeValidator(_parcels)] = Field(
         [],
         description="parcels, counted from 0, that are z-scored by their own std although it is below 1e-4 of the "
         "median parcel's; `all`: every one",
@@ -170,7 +183,7 @@ class Stage1Config(OptimisationConfig):
 
     model: AnchorConfig = Field(AnchorConfig(), description="architecture (table below)")
     standardise_features: bool = Field(True, description="z-score every feature with the training set's statistics")
-    keep_columns: list[Annotated[str, Field(pattern=r"^.+:\d+$")]] | Literal["all"] = Field(
+    keep_columns: Annotated[list[str] | Literal["all"], BeforeValidator(_columns)] = Field(
         [],
         description="columns `KEY/LAYER:COLUMN`, counted from 0, that are z-scored although their std in training is "
         "below 1e-4 of the median of their stream, where a column is otherwise left out; `all`: every one",

@@ -162,10 +162,14 @@ def starting_level(
         judged_by: the training set, by which parcels are judged: the anchor of a fold treats a parcel as the anchor of
             all folds does.
     """
-    count, mean, std = bold_statistics(shards, judged_by)
-    far = (np.abs(mean) > std) & (scaling.mode == "none")
+    count = np.sum([np.multiply(span.subjects, len(span)) for span in spans], axis=0)
+    if scaling.mode != "none":
+        return np.zeros((len(count), shards.manifest.parcels)), count
+    judged, mean, std = bold_statistics(shards, judged_by)
+    far = np.abs(mean) > std
     if spans != judged_by:
-        count, mean, _ = bold_statistics(shards, spans)
+        _, mean, std = bold_statistics(shards, spans)
+        far = np.where((judged == 0)[:, None], np.abs(mean) > std, far)  # one whom a refit alone learns from
     return np.where(far, mean, 0.0), count
 
 

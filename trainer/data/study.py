@@ -57,7 +57,7 @@ class Study:
             self.check_scorable(name, f"datasets.{name}")
         self.check_apart(config.val_set_name, "train", self.spans["train"])
         parcels = self.manifest.parcels
-        if config.stage2.latent_dim > parcels:
+        if config.stage2.latent_dim > parcels > 1:  # of one parcel there is no stage 2, whatever it says
             raise InputError(
                 "stage2.latent_dim",
                 "more dimensions than the shards have parcels",

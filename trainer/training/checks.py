@@ -41,6 +41,17 @@ def check(study: Study, stages: Sequence[int]) -> list[str]:
     return [*_unknown_subjects(study), *_far_units(study), *_faint_parcels(study)]
 
 
+def check_parcels(study: Study) -> None:
+    """Raise InputError where BOLD has one parcel: stage 2 learns how parcels vary together."""
+    if study.manifest.parcels < 2:
+        raise InputError(
+            study.manifest.folder,
+            "stage 2 needs BOLD of at least 2 parcels",
+            found=study.manifest.parcels,
+            fix="Train stage 1 alone (--stage 1).",
+        )
+
+
 def told_of_features(study: Study, means: Sequence[Tensor], scales: Sequence[Tensor]) -> Iterator[str]:
     """Lines about columns that are left out (scale inf), and about those that reach large z-scores where it is scored.
 
@@ -166,8 +177,8 @@ def _check_subjects(study: Study, stages: Sequence[int]) -> None:
             raise InputError(
                 f"datasets.{val}",
                 "none of its subjects is in the training set, so that none can choose the step",
-                found=_names(study.labels_of(study.spans[val])),
-                expected=f"some of {_names(taught[number])}",
+                found=_listed(study.labels_of(study.spans[val])),
+                expected=f"some of {_listed(taught[number])}",
             )
         for name in study.scored_sets(refit=False):
             unknown = study.untrained(name, taught[number])
@@ -176,7 +187,7 @@ def _check_subjects(study: Study, stages: Sequence[int]) -> None:
                 raise InputError(
                     f"datasets.{name}",
                     f"{_names(unknown)} not in the training set, and nothing that subjects share could predict them",
-                    fix=f"Leave them out with datasets.{name}.filter.subjects, or see {key}.",
+                    fix=f"Leave them out with datasets.{name}.filter.subjects, or change {key}.",
                 )
     if 2 not in stages or config.stage1.model.with_shared_decoder:
         return
@@ -187,7 +198,7 @@ def _check_subjects(study: Study, stages: Sequence[int]) -> None:
         if unknown:
             raise InputError(
                 "stage2.cross_fit",
-                f"all BOLD of {_names(unknown)} falls into one fold, whose anchor has no decoder for them",
+                f"{_names(unknown)} in one fold only, of which the anchors of the others predict nothing",
                 found=f"{k} folds",
                 fix="Set stage1.model.with_shared_decoder=true or stage2.cross_fit=0, or leave them out.",
             )
@@ -231,7 +242,8 @@ def _far_units(study: Study) -> Iterator[str]:
         yield (
             f"bold.standardise: BOLD of {_names([label for label, _, _ in far])} far from z-scores, for which "
             f"learning rates are made (subject {label}: |mean| {mean_of_median:.3g}, std {std_of_median:.3g} in the "
-            "median parcel): set bold.standardise=run or bold.standardise=subject"
+            "median parcel), so that predictions stay too small or too large for stage 2: set bold.standardise=run or "
+            "bold.standardise=subject"
         )
 
 

@@ -28,7 +28,7 @@ from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
-from trainer.training.checks import check
+from trainer.training.checks import check, check_parcels
 from trainer.training.loop import Phase, Training, Watch
 from trainer.training.phases import Job, anchor_phase, flow_phase, planned_steps
 from trainer.training.tracking import check_tracker
@@ -45,7 +45,9 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     study = Study(config)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
-        build_flow(config.stage2, shapes_of(study))
+        if 2 in stages or study.manifest.parcels > 1:
+            check_parcels(study)
+            build_flow(config.stage2, shapes_of(study))
     run = RunDirectory(path)
     if 1 not in stages:
         study.stand_on(stage1_config(config, run))
