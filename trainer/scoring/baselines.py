@@ -67,12 +67,12 @@ class Unseen:
     stored: StoredPredictions | None = None
 
     def residuals(
-        self, study: Study, anchor: Anchor, subject: int, device: torch.device, most: int = MOST_TRS
+        self, study: Study, anchor: Anchor, subject: int, device: torch.device, most: int | None = None
     ) -> Iterator[np.ndarray]:
-        """BOLD - prediction (T, V) float64 of one subject, run by run, of about `most` TRs."""
+        """BOLD - prediction (T, V) float64 of one subject, run by run, of about `most` TRs (None: MOST_TRS)."""
         alone = tuple(s == subject for s in range(len(study.manifest.subjects)))
         spans = [replace(span, subjects=alone) for span in self.spans if span.subjects[subject]]
-        kept = spans[:: -(-sum(map(len, spans)) // most)] if spans else []
+        kept = spans[:: -(-sum(map(len, spans)) // (most or MOST_TRS))] if spans else []
         if self.stored is not None:
             for batch in whole_runs(study.shards, kept, [], study.scaling, anchor=self.stored):
                 assert batch.anchor is not None
@@ -148,8 +148,7 @@ class ResidualModel:
 def fit_residuals(found: Unseen, study: Study, anchor: Anchor, processes: Ranks) -> list[ResidualModel | None]:
     """The residuals of every subject, on every rank; the ranks share the subjects.
 
-    A subject without two TRs in a row that the anchor predicts in numbers, one that is not trained, has the residuals
-    of all the others together where it has BOLD to be judged by, else None.
+    None for a subject without two TRs in a row that the anchor predicts in numbers.
 
     Raises:
         InputError: on every rank, where one cannot read a shard.
@@ -159,21 +158,29 @@ def fit_residuals(found: Unseen, study: Study, anchor: Anchor, processes: Ranks)
         subjects = processes.share(range(len(study.manifest.subjects)))
         return [fit(partial(found.residuals, study, anchor, s, processes.device)) for s in subjects]
 
-    models = in_order(processes, fit_share)
+    return in_order(processes, fit_share)
+
+
+def fit_unknown(
+    models: Sequence[ResidualModel | None], found: Unseen, study: Study, anchor: Anchor, processes: Ranks
+) -> list[ResidualModel | None]:
+    """The models of `fit_residuals`, where one whom a set has BOLD of is None with the residuals of all the others.
+
+    That is a subject who was not trained.
+    """
     judged = used_subjects([span for spans in study.spans.values() for span in spans])
     known = [s for s, model in enumerate(models) if model is not None]
-    missing = [s for s, model in enumerate(models) if model is None and judged[s]]
-    if missing and known:
-        each = MOST_TRS // len(known)
+    unknown = [s for s, model in enumerate(models) if model is None and judged[s]]
+    if not unknown or not known:
+        return list(models)
+    each = MOST_TRS // len(known)
 
-        def of_all() -> Iterator[np.ndarray]:
-            for s in known:
-                yield from found.residuals(study, anchor, s, processes.device, each)
+    def of_all() -> Iterator[np.ndarray]:
+        for s in known:
+            yield from found.residuals(study, anchor, s, processes.device, each)
 
-        shared = processes.first(lambda: fit(of_all))
-        for s in missing:
-            models[s] = shared
-    return models
+    shared = processes.first(lambda: fit(of_all))
+    return [shared if s in unknown else model for s, model in enumerate(models)]
 
 
 def fit(residuals: Callable[[], Iterable[np.ndarray]]) -> ResidualModel | None:
