@@ -102,7 +102,8 @@ def untrained_anchor(study: Study) -> Anchor:
     torch.manual_seed(study.config.seed)
     anchor = build_anchor(study.config.stage1.model, shapes_of(study))
     if study.config.stage1.standardise_features:
-        anchor.set_standardising(*feature_statistics(study.shards, study.spans["train"], study.streams))
+        keep = study.config.stage1.keep_columns
+        anchor.set_standardising(*feature_statistics(study.shards, study.spans["train"], study.streams, keep))
     return anchor
 
 

@@ -28,6 +28,7 @@ def _odd(size: int) -> int:
 
 Odd = Annotated[Size, AfterValidator(_odd)]
 Tr = Annotated[int, Field(ge=-(10**9), le=10**9)]
+Column = Annotated[str, Field(pattern=r"^.+:\d+$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BlockType = Literal["conformer", "transformer"]
 
@@ -101,6 +102,12 @@ class BoldConfig(StrictModel):
 
     standardise: Literal["none", "run", "subject"] = Field(
         "none", description="z-score each parcel over a `run`, over a `subject`'s training TRs, or not at all"
+    )
+    keep_parcels: list[NotNegative] | None = Field(
+        [],
+        description="parcels, counted from 0, that are z-scored by their own std although it is below 1e-4 of the "
+        "median parcel's; null: every one",
+        json_schema_extra={"before": None},
     )
 
 
@@ -178,6 +185,12 @@ class Stage1Config(OptimisationConfig):
 
     model: AnchorConfig = Field(AnchorConfig(), description="architecture (table below)")
     standardise_features: bool = Field(True, description="z-score every feature with the training set's statistics")
+    keep_columns: list[Column] | None = Field(
+        [],
+        description="columns `KEY/LAYER:COLUMN`, counted from 0, that are z-scored although their std in training is "
+        "below 1e-4 of the median of their stream, where a column is otherwise left out; null: every one",
+        json_schema_extra={"before": None},
+    )
 
 
 class DecoderConfig(StrictModel):
@@ -322,6 +335,11 @@ class Config(StrictModel):
     )
     timeout_s: float = Field(
         600, gt=0, le=10**7, description="seconds without progress after which a process ends the job"
+    )
+    tf32: bool = Field(
+        False,
+        description="float32 products and convolutions on NVIDIA GPUs are formed of 10 bits (TF32), which is faster; "
+        "CPUs know no difference",
     )
 
     @model_validator(mode="after")

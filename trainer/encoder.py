@@ -26,7 +26,7 @@ from trainer.errors import InputError
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.upstream import with_prefix
 from trainer.run.files import read_json
-from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Predictor, estimated
+from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Predictor, estimated, trained_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -69,7 +69,8 @@ class Encoder:
                 place in the set.
 
         Returns: float32 (subjects, TRs, parcels), for samples (K, subjects, TRs, parcels); in the units of the BOLD it
-            was trained on, z-scored where `config.bold.standardise` says so.
+            was trained on, z-scored where `config.bold.standardise` says so. NaN for a subject who was not trained
+            (`facts["trained_subjects"]`), where no decoder is shared that could predict them.
 
         Raises:
             InputError: a stream is missing, of another shape or type or not finite (the place is named), streams differ
@@ -81,7 +82,9 @@ class Encoder:
         if samples < 1:
             raise InputError("samples", "", found=samples, expected="1 or more")
         batch = self._batch(features, number)
-        return estimated(self._predictor, batch, estimate, samples if estimate == "sample" else None)
+        found = estimated(self._predictor, batch, estimate, samples if estimate == "sample" else None)
+        found[..., self._predictor.anchor.decoder.silent().numpy(), :, :] = np.nan
+        return found
 
     def _batch(self, features: Mapping[str, np.ndarray | Tensor], number: int) -> Batch:
         rows = [self._checked(features, *stream) for stream in self.shapes.streams]
@@ -182,6 +185,7 @@ def load_encoder(folder: str | Path, device: str = "cpu") -> Encoder:
     if facts.get("stage") == 2:
         flow = build_flow(config, shapes)
         _fill(flow, weights, "flow.", Path(folder) / WEIGHTS)
+        flow.set_trained(trained_of(facts, shapes.subjects))
         predictor = FlowPredictor(anchor, flow.to(device).eval(), config, ("mean",))
     return Encoder(predictor, shapes, config, facts)
 

@@ -26,6 +26,7 @@ from trainer.run import checkpoint
 from trainer.run.chosen import Chosen, chosen_checkpoint
 from trainer.run.directory import RunDirectory
 from trainer.run.files import new_whole, write_json, write_whole
+from trainer.scoring.predictor import TRAINED
 
 TAGS = ("fmri", "brain-encoding", "neuroscience", "flow-matching")
 
@@ -38,7 +39,7 @@ def export(run: RunDirectory, out: Path, stage: int | None = None) -> None:
     """
     chosen = chosen_checkpoint(run, stage)
     with new_whole(out, "--out") as folder:
-        weights, shapes = _weights(chosen)
+        weights, shapes, trained = _weights(chosen)
         facts = {
             "model_type": "fmri-flow",
             "format": FORMAT,
@@ -47,6 +48,7 @@ def export(run: RunDirectory, out: Path, stage: int | None = None) -> None:
             "step": chosen.step,
             **_data_facts(chosen.config),
             "shapes": shapes,
+            **trained,
             "config": _without_paths(chosen.config).model_dump(mode="json"),
         }
         folder.mkdir()
@@ -57,14 +59,15 @@ def export(run: RunDirectory, out: Path, stage: int | None = None) -> None:
     say(f"{out}: stage {chosen.stage}, step {chosen.step}, {sum(t.numel() for t in weights.values())} numbers")
 
 
-def _weights(chosen: Chosen) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What predicts, by name, and the shapes that it is made for."""
+def _weights(chosen: Chosen) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, list[str]]]:
+    """What predicts, by name, the shapes that it is made for, and who was trained, where the checkpoint says it."""
     found = checkpoint.load(checkpoint.folder_of(chosen.directory.checkpoints, chosen.step), weights_only=True)
+    shapes, trained = found.meta["shapes"], {key: found.meta[key] for key in (TRAINED,) if key in found.meta}
     if chosen.stage == 1:
-        return {f"anchor.{name}": tensor for name, tensor in found.model.items()}, found.meta["shapes"]
+        return {f"anchor.{name}": tensor for name, tensor in found.model.items()}, shapes, trained
     anchor = checkpoint.load(chosen.directory.anchor, weights_only=True)
     weights = {f"anchor.{name}": tensor for name, tensor in anchor.model.items()}
-    return {**weights, **{f"flow.{name}": tensor for name, tensor in found.model.items()}}, found.meta["shapes"]
+    return {**weights, **{f"flow.{name}": tensor for name, tensor in found.model.items()}}, shapes, trained
 
 
 def _data_facts(config: Config) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def model_card(name: str, facts: dict[str, Any], scores: list[dict[str, Any]]) -
         matter=yaml.safe_dump({"license": "mit", "library_name": "fmri-flow", "tags": list(TAGS)}, sort_keys=False),
         name=name,
         n_subjects=len(shapes["subjects"]),
-        subjects=", ".join(shapes["subjects"]),
+        subjects=", ".join(shapes["subjects"]) + _untrained(shapes["subjects"], facts.get(TRAINED)),
         n_parcels=shapes["n_parcels"],
         kind=_KINDS[facts["stage"]],
         data=facts.get("data", "fMRI data"),
@@ -167,6 +170,12 @@ Pearson's r over all TRs of a set, averaged over parcels, then over subjects, at
 
 MIT. Where the data that it was trained on ask for something else, change `license` above.
 """
+
+
+def _untrained(subjects: list[str], trained: list[str] | None) -> str:
+    """What the card says behind the subjects of those who were not trained."""
+    unknown = [label for label in subjects if trained is not None and label not in trained]
+    return f" (not trained, and predicted by what the others share: {', '.join(unknown)})" if unknown else ""
 
 
 def _shape(layers: int, width: int) -> str:

@@ -23,6 +23,7 @@ from trainer.progress import say, watched
 from trainer.run.chosen import Chosen, chosen_checkpoint
 from trainer.run.directory import RunDirectory
 from trainer.run.files import new_whole
+from trainer.run.processes import use_tf32
 from trainer.scoring.predictor import Predictor, estimated, load_predictor
 from trainer.submission import wanted_predictions, write_submission
 
@@ -82,7 +83,9 @@ def predict(
         raise InputError("--samples", "a submission holds one prediction a run", found=request.samples, expected=1)
     wanted = wanted_predictions(study, request.set_name) if form == "algonauts" else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_tf32(study.config.tf32)
     predictor = load_predictor(chosen.directory, chosen.stage, chosen.step, study, device, (request.estimate,))
+    _check_predicted(predictor, study, request.set_name)
     with new_whole(out, "--out") as aside:
         runs = watched(predicted(predictor, study, request, device), f"predicting {request.set_name}", len(spans))
         if wanted is None:
@@ -123,6 +126,21 @@ def predicted(predictor: Predictor, study: Study, request: Request, device: torc
         values = estimated(predictor, seen, request.estimate, request.samples)
         by_label = {label: values[..., i, :, :] for i, label in enumerate(study.manifest.subjects) if label in subjects}
         yield RunPrediction(span, by_label)
+
+
+def _check_predicted(predictor: Predictor, study: Study, set_name: str) -> None:
+    """Raise InputError where nothing could predict a subject of the set: not trained, and no decoder is shared."""
+    wanted = subjects_to_predict(study.config, set_name, study.manifest.subjects)
+    silent = predictor.anchor.decoder.silent().tolist()
+    unknown = [label for label, nothing in zip(study.manifest.subjects, silent, strict=True) if nothing]
+    found = [label for label in wanted if label in unknown]
+    if found:
+        raise InputError(
+            f"datasets.{set_name}",
+            "subjects that were not trained, and no decoder is shared that could predict them",
+            found=", ".join(found),
+            fix=f"Say behind the command whom to predict: datasets.{set_name}.filter.subjects=[...].",
+        )
 
 
 def subjects_to_predict(config: Config, set_name: str, subjects: Sequence[str]) -> list[str]:

@@ -259,6 +259,46 @@ def test_float16_features_are_read_in_the_weights_precision() -> None:
         assert (short.float() - anchor(features)).abs().max() < 0.05 * anchor(features).abs().max()
 
 
+def test_a_feature_of_infinite_scale_says_nothing_and_is_not_learnt() -> None:
+    anchor, features = _anchor(), _features()
+    scales = [torch.tensor([1.0, torch.inf, 1.0, 1.0, 1.0]), torch.ones(4)]
+    anchor.set_standardising([torch.full((5,), 3.0), torch.zeros(4)], scales)
+    before = anchor(features)
+    before.square().sum().backward()
+    gradient = anchor.streams[0].linear.weight.grad
+    assert isinstance(gradient, Tensor)
+    assert not gradient[:, 1].any() and gradient[:, 0].any()
+    features[0][..., 1] = 1e9
+    assert torch.equal(anchor(features), before)
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert anchor(features).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_small_scale_and_large_mean_survive_autocast(dtype: torch.dtype) -> None:
+    """W / scale would overflow float16, and the mean would take all digits of the product."""
+    anchor, features = _anchor(), _features()
+    plain = anchor(features)
+    means, scales = [torch.full((5,), 50.0), torch.full((4,), 2e-5)], [torch.ones(5), torch.full((4,), 1e-6)]
+    anchor.set_standardising(means, scales)
+    moved = [x * scale + mean for x, mean, scale in zip(features, means, scales, strict=True)]
+    with torch.autocast("cpu", dtype):
+        found = anchor(moved)
+        found.square().sum().backward()
+    assert (found.float() - plain).abs().max() < 0.05 * plain.abs().max()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in anchor.streams.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 7, 12_345, 2**25 + 1])
+def test_the_loss_over_a_python_number_has_the_bits_of_that_over_a_tensor(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    prediction, bold = (torch.randn(2, 3, 5, 7, generator=generator) for _ in range(2))
+    mask, subjects = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)
+    found = anchor_loss(prediction, bold, mask, subjects, count=count)
+    assert torch.equal(found, (prediction - bold).square().sum() / (torch.tensor(count) * 7))
+
+
 def test_the_initial_weights_are_as_published() -> None:
     torch.manual_seed(0)
     for name in ("transformer", "conv1dnext", "attn", "linear", "decoder conv"):

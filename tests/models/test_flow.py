@@ -283,7 +283,7 @@ def test_losses_of_micro_batches_add_up_to_the_batches(options: dict[str, Any], 
     for parts in ([torch.arange(5)], [order[:cut], order[cut:]]):
         flow.zero_grad()
         losses = [
-            flow.loss(bold[part], anchor[part], mask[part], subject[part], keys[part], count=mask.sum())
+            flow.loss(bold[part], anchor[part], mask[part], subject[part], keys[part], count=int(mask.sum()))
             for part in parts
         ]
         torch.stack(losses).sum().backward()
@@ -412,3 +412,45 @@ def test_a_checkpoint_holds_the_latent_and_a_refit_keeps_the_residuals() -> None
 def test_unknown_choices_are_named(key: str) -> None:
     with pytest.raises(InputError, match=rf"stage2\.{key}.*found other"):
         _flow(**{key: "other"})
+
+
+def test_the_loss_over_a_python_number_has_the_bits_of_that_over_a_tensor() -> None:
+    velocity, target, mask = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.ones(3, 1, 5)
+    for count in (1, 15, 2**25 + 1):
+        expected = (velocity - target).square().sum() / (torch.tensor(count) * 4)
+        assert torch.equal(flow_loss(velocity, target, mask, count), expected)
+
+
+def test_a_subject_who_is_not_trained_has_the_mean_of_the_trained_embeddings() -> None:
+    flow = _flow()
+    assert flow.subject_embedding is not None
+    trained = [subject != 1 for subject in range(SUBJECTS)]
+    x, valid, t = torch.randn(2, LATENT, 8), torch.ones(2, 1, 8), torch.full((2,), 0.3)
+    keys = make_keys(0, 0, torch.arange(2))
+
+    def velocity(*subjects: int) -> Tensor:
+        with torch.no_grad():
+            return flow.velocity(x, valid, x, t, torch.tensor(subjects), keys)
+
+    own = velocity(0, 1)
+    flow.set_trained(trained)
+    found = velocity(0, 1)
+    assert torch.equal(found[0], own[0]) and not torch.equal(found[1], own[1])
+    with torch.no_grad():
+        flow.subject_embedding.weight[1] = flow.subject_embedding.weight[torch.tensor(trained)].mean(0)
+    flow.set_trained([True] * SUBJECTS)
+    assert torch.equal(velocity(0, 1), found)
+    assert "trained" not in flow.state_dict()
+
+
+def test_the_latent_of_a_subject_who_is_not_trained_is_made_of_the_others() -> None:
+    latent = _accumulator().fit(LATENT)
+    latent.residual_std.copy_(torch.rand(latent.residual_std.shape) + 0.5)
+    before = {name: buffer.clone() for name, buffer in latent.state_dict().items()}
+    latent.stand_in(torch.ones(len(latent.mean), dtype=torch.bool))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in latent.state_dict().items())
+    trained = torch.tensor([False] + [True] * (len(latent.mean) - 1))
+    latent.stand_in(trained)
+    assert torch.equal(latent.mean[0], before["mean"][1:].mean(0))
+    assert torch.allclose(latent.residual_std[0].square(), before["residual_std"][1:].square().mean(0))
+    assert torch.equal(latent.mean[1:], before["mean"][1:])

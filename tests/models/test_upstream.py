@@ -77,7 +77,7 @@ def test_unet_agrees_in_velocity_solution_and_loss(name: str) -> None:
         y, target = flow_path(x1, z, t, config["sigma_min"])
         # The published loss masks the prediction but not the target: it also counts the target's square at masked
         # positions, though it divides by the number of valid ones. Ours does not, so it is asked for that here.
-        loss = flow_loss(network(y, mask, mu, t), target, torch.ones_like(mask), count=mask.sum())
+        loss = flow_loss(network(y, mask, mu, t), target, torch.ones_like(mask), count=int(mask.sum()))
     assert _close(loss[None], tensors["loss"])
 
 

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -272,3 +273,18 @@ def test_copied_weights_can_be_read_without_moments(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "to", weights_only=True).meta["step"] == 5
     with pytest.raises(InputError, match=r"optimizer\.safetensors: missing"):
         checkpoint.load(tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ({"pearson_r": 0.3}, 0.3),
+        ({"pearson_r": 0.3, "untrained_subjects": ["2"], "per_subject": {"1": 0.4, "2": 0.0, "3": 0.5}}, 0.45),
+        ({"pearson_r": None, "untrained_subjects": ["2"], "per_subject": {"1": 0.4, "2": None}}, 0.4),
+        ({"pearson_r": None, "untrained_subjects": ["2"], "per_subject": {"1": None, "2": 0.4}}, None),
+        ({"pearson_r": 0.4, "untrained_subjects": ["2"], "per_subject": {"2": 0.4}}, None),
+        ({"pearson_r": 0.4, "untrained_subjects": ["2"], "per_subject": {"2": 0.4}, "flow_loss": 1.5}, -1.5),
+    ],
+)
+def test_subjects_who_are_not_trained_have_no_say_in_the_quality(score: dict[str, Any], expected: float | None) -> None:
+    assert checkpoint.quality(score) == (None if expected is None else pytest.approx(expected))

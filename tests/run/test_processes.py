@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.errors import InputError
+from trainer.models.anchor import has_few_digits
 from trainer.run import signals
 from trainer.run.join import no_meeting
 from trainer.run.launch import (
@@ -315,6 +316,14 @@ def test_deterministic_kernels_are_asked_for_and_given_up_again(
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     make_processes(precision="no", deterministic=False, timeout_s=600)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_products_and_convolutions_are_float32_unless_tf32_is_asked_for(alone: Processes) -> None:
+    """On CPUs the settings mean nothing, and can be read all the same."""
+    for tf32 in (True, False):
+        make_processes(precision="no", deterministic=False, timeout_s=600, tf32=tf32)
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is tf32
+        assert has_few_digits(torch.device("cuda")) is tf32 and not has_few_digits(torch.device("cpu"))
 
 
 def test_boundary_of_one_process_agrees_with_itself(alone: Processes) -> None:

@@ -53,6 +53,11 @@ class Window:
         return self.stop - self.start
 
 
+def used_subjects(spans: Sequence[Span]) -> tuple[bool, ...]:
+    """For each of the manifest's subjects, whether any of the spans uses its BOLD."""
+    return tuple(any(used) for used in zip(*(span.subjects for span in spans), strict=True))
+
+
 def select(manifest: Manifest, chosen: Filter) -> list[Span]:
     """The spans of TRs with BOLD that a filter leaves, in the manifest's order; empty where it leaves none with BOLD.
 

@@ -6,7 +6,7 @@ is spent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from trainer.config import Config
 from trainer.data.cache import local_folder
 from trainer.data.manifest import Manifest, Stream
-from trainer.data.plan import Plan, Span, select, select_without_bold
+from trainer.data.plan import Plan, Span, select, select_without_bold, used_subjects
 from trainer.data.residence import DeviceCopy, HostCopy, extents, reside
 from trainer.data.shards import Shards
 from trainer.data.statistics import BoldScaling
@@ -57,12 +57,13 @@ class Study:
             self.check_scorable(name, f"datasets.{name}")
         self.check_apart(config.val_set_name, "train", self.spans["train"])
         parcels = self.manifest.parcels
-        if config.stage2.latent_dim > parcels:
+        if config.stage2.latent_dim > parcels > 1:  # of one parcel there is no stage 2, whatever it says
             raise InputError(
                 "stage2.latent_dim",
                 "more dimensions than the shards have parcels",
                 found=config.stage2.latent_dim,
                 expected=f"at most {parcels}",
+                fix=f"Set stage2.latent_dim={parcels} or less.",
             )
 
     def check_scorable(self, name: str, where: str = "--set") -> None:
@@ -91,7 +92,8 @@ class Study:
     @cached_property
     def scaling(self) -> BoldScaling:
         """The scaling of BOLD, with statistics of the training set where it needs them."""
-        return BoldScaling.fit(self.config.bold.standardise, self.shards, self._anchors["train"])
+        bold = self.config.bold
+        return BoldScaling.fit(bold.standardise, self.shards, self._anchors["train"], bold.keep_parcels)
 
     def stand_on(self, stage1: Config) -> None:
         """Note what stage 1 was trained on, where stage 2 learns from fewer subjects: anchors are trained on all."""
@@ -121,6 +123,15 @@ class Study:
         """As `training_spans`, with the BOLD of every subject that stage 1 learnt from."""
         validation = self._anchors[self.config.val_set_name] if refit else []
         return [*self._anchors["train"], *validation]
+
+    def labels_of(self, spans: Sequence[Span]) -> list[str]:
+        """The subjects whose BOLD some spans use, in the order of the subject axis."""
+        used = used_subjects(spans)
+        return [label for label, is_used in zip(self.manifest.subjects, used, strict=True) if is_used]
+
+    def untrained(self, set_name: str, trained: Collection[str]) -> list[str]:
+        """The subjects of a set with BOLD that are not among those who were trained."""
+        return [label for label in self.labels_of(self.spans[set_name]) if label not in trained]
 
     def scored_sets(self, *, refit: bool) -> list[str]:
         """The sets that the model has not been trained on, validation first."""

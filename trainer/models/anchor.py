@@ -6,8 +6,9 @@ pooled, optionally passed through a hidden model, and decoded to parcels by a de
 of each subject's own. With `avg` pooling and no hidden model all of it is linear.
 
 Two things are ours. The streams are standardised inside the first projection (W / s, b - W m / s), so that nothing ever
-makes a standardised copy of the features. And a mask says which TRs are real: the others are zeroed after the
-projection, like what lies beyond a window's edge, so a padded window gives what the unpadded one gives.
+makes a standardised copy of the features; a column with s = inf has the weight 0. And a mask says which TRs are real:
+the others are zeroed after the projection, like what lies beyond a window's edge, so a padded window gives what the
+unpadded one gives.
 
 Shapes: B windows, S subjects, T TRs, V parcels, D_i width and L_i layers of stream i, d = embed_dim.
 """
@@ -21,10 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.errors import InputError
+from trainer.models.decoder import Decoder, zero_masked
 from trainer.models.depthwise import convolve_depthwise
 from trainer.models.randomness import KeyedDropout, number_sites
 
 POOL_HEADS = 4  # of the `attn` pooling, as published
+
+
+def has_few_digits(device: torch.device) -> bool:
+    """Whether products on this device are formed of fewer digits than float32 has: under autocast, or with TF32."""
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    return tf32 or torch.is_autocast_enabled(device.type)
 
 
 class DepthwiseConv(nn.Module):
@@ -74,11 +82,11 @@ class StreamEncoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, T, L, D) -> (B, T, L, d); mask (B, T), True at the TRs that exist."""
-        weight = self.linear.weight / self.scale
-        if torch.is_autocast_enabled(x.device.type):
-            # a short float has few digits: they must not go to the mean of a feature that hardly varies around it
-            h = F.linear(x.float() - self.mean, weight, self.linear.bias)
+        if has_few_digits(x.device):
+            # digits must not go to the mean of a feature that hardly varies around it, and W / s may overflow float16
+            h = F.linear((x.float() - self.mean) / self.scale, self.linear.weight, self.linear.bias)
         else:
+            weight = self.linear.weight / self.scale
             h = F.linear(x.to(weight.dtype), weight, self.linear.bias - weight @ self.mean)
         if mask is not None:
             h = h.masked_fill(~mask[:, :, None, None], 0.0)
@@ -178,55 +186,7 @@ class ConvNextBlock(nn.Module):
         self.mlp = MLP(dim, mlp_ratio, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return x + self.mlp(self.norm(self.conv(_zero_masked(x, mask))))
-
-
-class Decoder(nn.Module):
-    """d -> V by a decoder that all subjects share plus one of each subject's own, in one product.
-
-    The own decoders are one parameter (S, V, d); the shared one is added to it first, so that S subjects cost one
-    matrix product. With a decoder convolution (kernel_size > 1) each subject convolves the embedding over time
-    (depthwise) before its own decoder; the shared decoder sees it as it is.
-    """
-
-    def __init__(self, dim: int, n_subjects: int, n_parcels: int, shared: bool, own: bool, kernel_size: int) -> None:
-        super().__init__()
-        assert shared or own
-        self.n_subjects = n_subjects
-        self.shared = nn.Linear(dim, n_parcels) if shared else None
-        self.own_weight = nn.Parameter(torch.empty(n_subjects, n_parcels, dim)) if own else None
-        self.own_bias = nn.Parameter(torch.zeros(n_subjects, n_parcels)) if own else None
-        convolves = own and kernel_size > 1
-        self.conv_weight = nn.Parameter(torch.empty(n_subjects, dim, kernel_size)) if convolves else None
-        self.conv_bias = nn.Parameter(torch.zeros(n_subjects, dim)) if convolves else None
-        if self.own_weight is not None:
-            nn.init.trunc_normal_(self.own_weight, std=0.02)
-        if self.conv_weight is not None:
-            nn.init.trunc_normal_(self.conv_weight, std=0.02)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, d) -> (B, S, T, V)."""
-        if self.own_weight is None or self.own_bias is None:
-            assert self.shared is not None
-            return self.shared(x)[:, None].expand(-1, self.n_subjects, -1, -1)
-        if self.conv_weight is None:
-            weight: Tensor = self.own_weight
-            bias: Tensor = self.own_bias
-            if self.shared is not None:
-                weight, bias = weight + self.shared.weight, bias + self.shared.bias
-            return F.linear(x, weight.flatten(0, 1), bias.flatten()).unflatten(2, bias.shape).transpose(1, 2)
-        own = self._convolve(_zero_masked(x, mask))
-        out = torch.einsum("btds,svd->bstv", own, self.own_weight) + self.own_bias[:, None, :]
-        return out if self.shared is None else out + self.shared(x)[:, None]
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        """Each subject's depthwise convolution over time: (B, T, d) -> (B, T, d, S)."""
-        assert self.conv_weight is not None and self.conv_bias is not None
-        subjects, dim, kernel_size = self.conv_weight.shape
-        # grouped by channel, S kernels in each group, so that one call serves all subjects
-        kernel = self.conv_weight.transpose(0, 1).reshape(dim * subjects, 1, kernel_size)
-        out = F.conv1d(x.transpose(1, 2), kernel, self.conv_bias.T.reshape(-1), padding="same", groups=dim)
-        return out.transpose(1, 2).unflatten(2, (dim, subjects))
+        return x + self.mlp(self.norm(self.conv(zero_masked(x, mask))))
 
 
 class Anchor(nn.Module):
@@ -292,17 +252,27 @@ class Anchor(nn.Module):
     def set_standardising(self, means: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
         """Standardise stream i as (x - means[i]) / scales[i], both (D_i,), from now on, inside its projection.
 
-        A feature that never varies (scale 0) has nothing to say: its scale is taken as 1.
+        A scale of inf leaves a feature out: its weight and the gradient of its weight are 0. One of 0 is taken as 1.
         """
         for index, (stream, mean, scale) in enumerate(zip(self.streams, means, scales, strict=True)):
             assert isinstance(stream, StreamEncoder)
             shapes = tuple(mean.shape), tuple(scale.shape)
             if shapes != (stream.mean.shape, stream.scale.shape):
                 raise ValueError(f"stream {index}: mean and scale are {shapes}, expected {tuple(stream.mean.shape)}")
-            if not (mean.isfinite().all() and scale.isfinite().all() and (scale >= 0).all()):
-                raise ValueError(f"stream {index}: mean or scale is not finite, or a scale is negative")
+            if not (mean.isfinite().all() and (scale >= 0).all()):
+                raise ValueError(f"stream {index}: a mean is not finite, or a scale is negative or not a number")
             stream.mean.copy_(mean)
             stream.scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+    def start_at(self, level: Tensor, count: Tensor) -> None:
+        """Prepare the decoders for a training of subjects with `count` (S,) TRs, whose BOLD has a level (S, V).
+
+        Subjects of 0 TRs are left out, see `Decoder.leave_out`. The biases start at the level, see `Decoder.start_at`;
+        where it is 0 everywhere, they stay as they are.
+        """
+        self.decoder.leave_out(count == 0)
+        if level.any():
+            self.decoder.start_at(level, count)
 
     def forward(self, features: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The expected BOLD.
@@ -334,28 +304,24 @@ class Anchor(nn.Module):
 
 
 def anchor_loss(
-    prediction: Tensor, bold: Tensor, mask: Tensor, subject_mask: Tensor, count: Tensor | int | None = None
+    prediction: Tensor, bold: Tensor, mask: Tensor, subject_mask: Tensor, count: int | None = None
 ) -> Tensor:
     """Mean squared error over what was measured.
 
     Args:
         prediction, bold: (B, S, T, V). What stands where a subject or a TR is absent is never read.
         mask: (B, T) bool; subject_mask: (B, S) bool.
-        count: the number of valid (window, subject, TR) triples of the global batch (all ranks, all micro-batches);
-            None for this batch's. The losses of a batch's parts then add up to the loss of the whole.
+        count: the number of valid (window, subject, TR) triples of the global batch (all ranks, all micro-batches), a
+            Python number, for which no device has to be waited for; None for this batch's. The losses of a batch's
+            parts then add up to the loss of the whole.
 
     Returns:
         The sum of the squared errors of valid entries / (count x V); a scalar.
     """
     valid = mask[:, None, :] & subject_mask[:, :, None]
     error = (prediction.float() - bold.float()).masked_fill(~valid[..., None], 0.0)
-    total = valid.sum() if count is None else torch.as_tensor(count, device=error.device)
-    return error.square().sum() / (total.clamp(min=1) * bold.shape[-1])
-
-
-def _zero_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B, T, d) with zeros at masked TRs."""
-    return x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)
+    total = valid.sum().clamp(min=1) if count is None else max(count, 1)
+    return error.square().sum() / (total * bold.shape[-1])
 
 
 def _build_pool(pool: str, layers: int, embed_dim: int) -> nn.Module | None:

@@ -11,7 +11,7 @@ An item is one (window, subject) pair: N items, T TRs, V parcels, d latent dimen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,16 +46,17 @@ def flow_path(x1: Tensor, z: Tensor, t: Tensor, sigma_min: float) -> tuple[Tenso
     return (1 - (1 - sigma_min) * t) * z + t * x1, x1 - (1 - sigma_min) * z
 
 
-def flow_loss(velocity: Tensor, target: Tensor, mask: Tensor, count: Tensor | int | None = None) -> Tensor:
+def flow_loss(velocity: Tensor, target: Tensor, mask: Tensor, count: int | None = None) -> Tensor:
     """Sum of the masked squared error / (count x d).
 
     Args:
         velocity, target: (N, d, T); mask: (N, 1, T), 1 at valid TRs.
-        count: valid (item, TR) pairs of the global batch (all ranks, all micro-batches); None for this batch's.
+        count: valid (item, TR) pairs of the global batch (all ranks, all micro-batches), a Python number, for which no
+            device has to be waited for; None for this batch's.
     """
-    total = mask.sum() if count is None else torch.as_tensor(count, device=target.device)
+    total = mask.sum().clamp(min=1) if count is None else max(count, 1)
     error = (velocity.float() - target).square() * mask
-    return error.sum() / (total.clamp(min=1) * target.shape[1])
+    return error.sum() / (total * target.shape[1])
 
 
 def linear_guess(t: Tensor, sigma_min: float) -> Tensor:
@@ -120,6 +121,12 @@ class Latent(nn.Module):
             if noise is None:
                 return anchor + change @ self.basis
             return anchor + noise + (change - noise @ self.basis.T) @ self.basis
+
+    def stand_in(self, trained: Tensor) -> None:
+        """Give subjects that are not trained, of `trained` (S,) bool, the mean and residual variance of the others."""
+        if not trained.all():
+            self.mean[~trained] = self.mean[trained].mean(0)
+            self.residual_std[~trained] = self.residual_std[trained].square().mean(0).sqrt()
 
     def subspace(self, x: Tensor, subject: Tensor) -> Tensor:
         """The part of x that the latent holds, P^T P (x - m). (N, T, V) -> (N, T, V)."""
@@ -216,9 +223,17 @@ class FlowMatching(nn.Module):
         window_trs: the network sees a longer run in overlapping windows of so many TRs (see `windows`), so that time
             and memory grow with the run's length; None: all of it at once.
 
+    A subject that was not trained (`set_trained`) has the mean of the trained embeddings. With a field for each subject
+    its own is 0 in `skip`: its mean is the anchor, its samples vary around it like a training residual.
+
+    Attributes:
+        trained: (S,) bool. It is no part of the weights: meta.json says who was trained.
+
     Raises:
         InputError: for a latent wider than BOLD, or a name that is not known.
     """
+
+    trained: Tensor
 
     def __init__(
         self,
@@ -253,10 +268,17 @@ class FlowMatching(nn.Module):
         self.subject_embedding = nn.Embedding(n_subjects, time_dim) if subjects == "embedding" else None
         if self.subject_embedding is not None:
             nn.init.normal_(self.subject_embedding.weight, std=0.02)
+        self.register_buffer("trained", torch.ones(n_subjects, dtype=torch.bool), persistent=False)
+        self._trains_all = True  # known without waiting for the device
         if self.skip:
             for estimator in estimators:
                 estimator.zero_last_layer()
         number_sites(self)
+
+    def set_trained(self, trained: Sequence[bool]) -> None:
+        """Say of each subject whether it is trained."""
+        self._trains_all = all(trained)
+        self.trained.copy_(torch.tensor(trained))
 
     def fit_latent(self, training_bold: CovarianceAccumulator) -> None:
         """Take the principal components of the training BOLD (`pca` only; the residual std stays as it is)."""
@@ -272,7 +294,7 @@ class FlowMatching(nn.Module):
         mask: Tensor,
         subject: Tensor,
         keys: Tensor,
-        count: Tensor | int | None = None,
+        count: int | None = None,
         tick: Callable[[], None] = nothing,
     ) -> Tensor:
         """The flow-matching loss; plus, for the linear projection, 0.1 x its reconstruction error.
@@ -286,7 +308,6 @@ class FlowMatching(nn.Module):
                 add up to the loss of the whole.
             tick: called after each window of the network.
         """
-        total = mask.sum() if count is None else count
         x1, valid = self._into_latent(bold, mask, subject)
         mu, _ = self._into_latent(anchor, mask, subject)
         z = self._noise(keys, x1.shape[2])
@@ -294,10 +315,10 @@ class FlowMatching(nn.Module):
         if self.skip:
             t = torch.where(uniform(keys, SITE_START) < START_FRACTION, torch.zeros_like(t), t)
         y, target = flow_path(x1, z, t, self.sigma_min)
-        loss = flow_loss(self.velocity(y, valid, mu, t, subject, keys, tick), target, valid, total)
+        loss = flow_loss(self.velocity(y, valid, mu, t, subject, keys, tick), target, valid, count)
         if isinstance(self.latent, LinearLatent):
             error = (self.latent.subspace(bold, subject).float() - bold).transpose(1, 2)
-            loss = loss + RECONSTRUCTION_WEIGHT * flow_loss(error, torch.zeros_like(error), mask[:, None], total)
+            loss = loss + RECONSTRUCTION_WEIGHT * flow_loss(error, torch.zeros_like(error), mask[:, None], count)
         return loss
 
     def velocity(
@@ -408,7 +429,7 @@ class FlowMatching(nn.Module):
         """The estimator's output in float32, each item's by its subject's estimator."""
         if self.subject_embedding is not None:
             with keyed(keys):
-                return self.estimators[0](y, valid, mu, t, self.subject_embedding(subject)).float()
+                return self.estimators[0](y, valid, mu, t, self._embedded(subject, self.subject_embedding)).float()
         out = torch.zeros_like(y)
         for index, estimator in enumerate(self.estimators):
             rows = (subject == index).nonzero()[:, 0]
@@ -420,6 +441,13 @@ class FlowMatching(nn.Module):
                 # every parameter takes part in every step, on every rank, whichever subjects its items have
                 out = out + 0.0 * torch.stack([parameter.sum() for parameter in estimator.parameters()]).sum()
         return out
+
+    def _embedded(self, subject: Tensor, embedding: nn.Embedding) -> Tensor:
+        """The embeddings of some subjects, (N,) -> (N, E)."""
+        own: Tensor = embedding(subject)
+        if self._trains_all:
+            return own
+        return torch.where(self.trained[subject][:, None], own, embedding.weight[self.trained].mean(0))
 
     def _into_latent(self, x: Tensor, mask: Tensor, subject: Tensor) -> tuple[Tensor, Tensor]:
         """(N, T, V) -> latent (N, d, T') with zeros at masked TRs, and mask (N, 1, T'); T' is T padded."""

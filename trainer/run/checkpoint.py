@@ -245,10 +245,16 @@ def quality(score: Mapping[str, Any]) -> float | None:
 
     Stage 1 is chosen by r. Stage 2 is chosen by its loss on unseen runs, which judges the whole distribution: the r of
     its mean hardly moves from the anchor's, and would choose a flow that has learnt next to nothing.
+
+    Subjects of the set that were not trained have no say: the loss is that of the others, and so is r here.
     """
     if "flow_loss" in score:
         return None if score["flow_loss"] is None else -float(score["flow_loss"])
-    return None if score["pearson_r"] is None else float(score["pearson_r"])
+    untrained = score.get("untrained_subjects")
+    if not untrained:
+        return None if score["pearson_r"] is None else float(score["pearson_r"])
+    trained = [r for label, r in score["per_subject"].items() if label not in untrained]
+    return None if not trained or None in trained else sum(trained) / len(trained)
 
 
 def qualities(scores: Iterable[Mapping[str, Any]], set_name: str) -> dict[int, float]:

@@ -149,13 +149,15 @@ class Processes:
             ) from error
 
 
-def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> Processes:
+def make_processes(*, precision: str, deterministic: bool, timeout_s: float, tf32: bool = False) -> Processes:
     """Join the other processes that the launcher announced, if any.
 
     Args:
         precision: `no`, `bf16` or `fp16`.
         deterministic: use only deterministic kernels; on CUDA those that have none give a warning.
         timeout_s: how long ranks wait for each other, in seconds.
+        tf32: form float32 products and convolutions on NVIDIA GPUs of TF32 numbers. Torch's own default is to do so in
+            convolutions and not in products.
 
     Raises:
         InputError: the processes do not see each other, or not as the launcher announced them; a port is taken.
@@ -164,6 +166,7 @@ def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> 
     launch = read_launch(os.environ, _parent(), precision, 0 if on_cpu else torch.cuda.device_count())
     os.environ.update(launch.settings)
     _set_determinism(deterministic, on_cpu)
+    use_tf32(tf32)
     patience = timedelta(seconds=timeout_s + GRACE_SECONDS)
     accelerator = join(launch, on_cpu, patience)
     processes = Processes(
@@ -183,6 +186,11 @@ def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> 
     if warning and processes.is_main:
         print(f"warning: {warning}", file=sys.stderr)
     return processes
+
+
+def use_tf32(allowed: bool) -> None:
+    """Say how this process forms float32 products and convolutions on NVIDIA GPUs, both alike."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _parent() -> Parent:

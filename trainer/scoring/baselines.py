@@ -19,7 +19,7 @@ import torch
 
 from trainer.data.batches import whole_runs
 from trainer.data.manifest import Manifest
-from trainer.data.plan import Span
+from trainer.data.plan import Span, used_subjects
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.run.directory import StageDirectory
@@ -66,11 +66,13 @@ class Unseen:
     spans: Sequence[Span]
     stored: StoredPredictions | None = None
 
-    def residuals(self, study: Study, anchor: Anchor, subject: int, device: torch.device) -> Iterator[np.ndarray]:
-        """BOLD - prediction (T, V) float64 of one subject, run by run."""
+    def residuals(
+        self, study: Study, anchor: Anchor, subject: int, device: torch.device, most: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """BOLD - prediction (T, V) float64 of one subject, run by run, of about `most` TRs (None: MOST_TRS)."""
         alone = tuple(s == subject for s in range(len(study.manifest.subjects)))
         spans = [replace(span, subjects=alone) for span in self.spans if span.subjects[subject]]
-        kept = spans[:: -(-sum(map(len, spans)) // MOST_TRS)] if spans else []
+        kept = spans[:: -(-sum(map(len, spans)) // (most or MOST_TRS))] if spans else []
         if self.stored is not None:
             for batch in whole_runs(study.shards, kept, [], study.scaling, anchor=self.stored):
                 assert batch.anchor is not None
@@ -157,6 +159,28 @@ def fit_residuals(found: Unseen, study: Study, anchor: Anchor, processes: Ranks)
         return [fit(partial(found.residuals, study, anchor, s, processes.device)) for s in subjects]
 
     return in_order(processes, fit_share)
+
+
+def fit_unknown(
+    models: Sequence[ResidualModel | None], found: Unseen, study: Study, anchor: Anchor, processes: Ranks
+) -> list[ResidualModel | None]:
+    """The models of `fit_residuals`, where one whom a set has BOLD of is None with the residuals of all the others.
+
+    That is a subject who was not trained.
+    """
+    judged = used_subjects([span for spans in study.spans.values() for span in spans])
+    known = [s for s, model in enumerate(models) if model is not None]
+    unknown = [s for s, model in enumerate(models) if model is None and judged[s]]
+    if not unknown or not known:
+        return list(models)
+    each = MOST_TRS // len(known)
+
+    def of_all() -> Iterator[np.ndarray]:
+        for s in known:
+            yield from found.residuals(study, anchor, s, processes.device, each)
+
+    shared = processes.first(lambda: fit(of_all))
+    return [shared if s in unknown else model for s, model in enumerate(models)]
 
 
 def fit(residuals: Callable[[], Iterable[np.ndarray]]) -> ResidualModel | None:

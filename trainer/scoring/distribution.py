@@ -20,7 +20,7 @@ from trainer.data.batches import Batch
 from trainer.data.study import Study
 from trainer.run.directory import StageDirectory
 from trainer.scoring import connectivity, proper
-from trainer.scoring.baselines import ResidualModel, fit_residuals, unseen
+from trainer.scoring.baselines import ResidualModel, fit_residuals, fit_unknown, unseen
 from trainer.scoring.connectivity import Connectivity
 from trainer.scoring.metrics import PearsonR, merged
 from trainer.scoring.predictor import Draws, FlowPredictor
@@ -45,7 +45,10 @@ def fit_baselines(
 ) -> Baselines | None:
     """The baselines of a stage 2, on every rank; None where the anchor has seen all there is."""
     found = unseen(directory, study)
-    return None if found is None else Baselines(fit_residuals(found, study, predictor.anchor, processes), found.where)
+    if found is None:
+        return None
+    models = fit_residuals(found, study, predictor.anchor, processes)
+    return Baselines(fit_unknown(models, found, study, predictor.anchor, processes), found.where)
 
 
 class Sums:

@@ -7,9 +7,10 @@ beside them in the same file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 SCORING_EPOCH = 2**31 - 1
 FIRST_SAMPLE = 1000
 """Samples after the first draw from keys folded with numbers from here on, which nothing else uses."""
+TRAINED = "trained_subjects"
+"""The key under which a checkpoint and an export hold the labels of the subjects that were trained."""
 LOSS_DRAWS = 8
 """Times and noises that the flow's validation loss is averaged over, the same for every checkpoint."""
 
@@ -90,7 +93,13 @@ class FlowPredictor:
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws."""
+        """(sum of the flow matching loss over valid (subject, TR) pairs, their number), mean of `LOSS_DRAWS` draws.
+
+        Of trained subjects only: the loss chooses the step, in which the others have no say.
+        """
+        batch = replace(batch, subject_mask=batch.subject_mask & self.flow.trained)
+        if not batch.subject_mask.any():
+            return 0.0, 0
         items, around, batch = self._around(batch)
         bold = items.take(batch.bold)
         losses = [
@@ -212,7 +221,14 @@ def load_predictor(
     anchor = load_anchor(directory.anchor, study, device)
     flow = build_flow(study.config, shapes_of(study))
     flow.load_state_dict(_weights(folder, study))
+    flow.set_trained(trained_of(checkpoint.read_meta(folder), study.manifest.subjects))
     return FlowPredictor(anchor, flow.to(device), study.config, estimates)
+
+
+def trained_of(facts: Mapping[str, Any], subjects: Sequence[str]) -> list[bool]:
+    """Whether each subject was trained, by what a checkpoint or an export says; all, where it does not say it."""
+    trained = facts.get(TRAINED, subjects)
+    return [label in trained for label in subjects]
 
 
 def load_anchor(folder: Path, study: Study, device: torch.device) -> Anchor:

@@ -9,7 +9,7 @@ A training scores plainly (r); `evaluate` and `watch` score in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from trainer.run.files import write_json
 from trainer.scoring import full as beyond
 from trainer.scoring.ceilings import write_ceilings
 from trainer.scoring.distribution import Baselines, Judgement, Shown, fit_baselines, judge_distribution
-from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
+from trainer.scoring.predictor import TRAINED, FlowPredictor, Predictor, load_predictor
 from trainer.scoring.records import lines, stem, write_array, write_arrays, write_scores
 from trainer.scoring.rsa import Groups, groups_of
 from trainer.scoring.sets import ESTIMATES, SetScores, score_set
@@ -65,12 +65,14 @@ def score_checkpoint(
     """
     groups = groups_of(study) if full else {}
     predictor = load_predictor(directory, stage, step, study, processes.device, ESTIMATES[:stage])
-    epoch = step // checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))["steps_per_epoch"]
+    meta = checkpoint.read_meta(checkpoint.folder_of(directory.checkpoints, step))
+    epoch = step // meta["steps_per_epoch"]
     baselines = None
     if full and isinstance(predictor, FlowPredictor) and study.config.evaluate.samples:
         baselines = fit_baselines(directory, predictor, study, processes)
     for set_name in sets:
         facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": False}
+        facts |= untrained_facts(study, set_name, meta.get(TRAINED, study.manifest.subjects))
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
             scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name, groups))
@@ -78,6 +80,12 @@ def score_checkpoint(
         else:
             scores, findings = score_set(predictor, study, set_name, processes), Findings()
         processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, findings, say))
+
+
+def untrained_facts(study: Study, set_name: str, trained: Collection[str]) -> dict[str, list[str]]:
+    """What a score file says of the subjects of its set that were not trained; nothing where all were."""
+    untrained = study.untrained(set_name, trained)
+    return {"untrained_subjects": untrained} if untrained else {}
 
 
 def _find(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trainer.data.batches import Batch, whole_runs
 from trainer.data.manifest import Manifest
-from trainer.data.plan import Span
+from trainer.data.plan import Span, used_subjects
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent
@@ -168,11 +168,12 @@ def _fitted(
 ) -> dict[str, Tensor]:
     """Fit the latent of `flow` here; its buffers, on the CPU."""
     covariance = CovarianceAccumulator(*latent.mean.shape)
-    for subject, bold, _ in _bold_series(study, spans):
+    for subject, bold, _ in bold_series(study, spans):
         covariance.update(bold, subject)
     flow.fit_latent(covariance)
     if predictions is not None:
         latent.residual_std.copy_(_residual_std(latent.basis.double().cpu(), study, spans, predictions))
+    latent.stand_in(torch.tensor(used_subjects(spans), device=latent.mean.device))
     return {name: buffer.cpu() for name, buffer in latent.state_dict().items()}
 
 
@@ -180,7 +181,7 @@ def _residual_std(basis: Tensor, study: Study, spans: Sequence[Span], prediction
     """(S, V) standard deviation of e, outside the subspace of `basis` (d, V) float64."""
     subjects, parcels = len(study.manifest.subjects), study.manifest.parcels
     squares, count = torch.zeros(subjects, parcels, dtype=torch.float64), torch.zeros(subjects, 1, dtype=torch.float64)
-    for subject, bold, mu in _bold_series(study, spans, predictions):
+    for subject, bold, mu in bold_series(study, spans, predictions):
         assert mu is not None
         left = (bold - mu).double()
         outside = left - (left @ basis.T) @ basis
@@ -216,7 +217,7 @@ def _latent_squares(flow: FlowMatching, batch: Batch) -> tuple[Tensor, int]:
     return (z - z.mean(1, keepdim=True)).square().sum((0, 1)), z.shape[0] * z.shape[1]
 
 
-def _bold_series(
+def bold_series(
     study: Study, spans: Sequence[Span], predictions: Predictions | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(subject, BOLD (T, V), predictions (T, V) or None) of every span and subject that has BOLD."""

@@ -51,7 +51,8 @@ class Phase:
     end, through all epochs. `validate(step)` scores the current weights, writes the score file and returns its quality
     (`checkpoint.quality`); all processes take part. `schedule_steps` is the length of the learning rate's schedule: a
     refit of fewer steps follows the same one. `keeps_validated` keeps every checkpoint that was validated, not only
-    the best. `ema` is the decay of the averaged weights, which then are what is validated.
+    the best. `ema` is the decay of the averaged weights, which then are what is validated. `facts` and `marks` stand in
+    every checkpoint's meta.json; a resume must have the same facts.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Phase:
     schedule_steps: int
     optimisation: OptimisationConfig
     facts: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, Any] = field(default_factory=dict)
     validate: Callable[[int], float] | None = None
     validate_every: int = 0
     val_set_name: str = ""
@@ -241,7 +243,7 @@ class Training:
             return
         self.writer.wait()
         self._prune()
-        meta = {**self.phase.facts, **content.meta, "skipped": int(self.skipped[0])}
+        meta = {**self.phase.facts, **self.phase.marks, **content.meta, "skipped": int(self.skipped[0])}
         averages = {} if self.average is None else self.average.snapshot()
         whole = Checkpoint(content.model, content.moments, meta, averages)
         self.writer.write(self.phase.directory.checkpoints, self.step, whole, needed=needed)

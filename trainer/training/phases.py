@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from trainer.config import Config, OptimisationConfig
 from trainer.data.batches import Batch
 from trainer.data.loader import Reading, training_batches
-from trainer.data.plan import Part, Plan, Span
-from trainer.data.statistics import feature_statistics
+from trainer.data.plan import Part, Plan, Span, used_subjects
+from trainer.data.statistics import feature_statistics, starting_level
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor, anchor_loss
 from trainer.models.build import build_anchor, build_flow
@@ -27,10 +27,20 @@ from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import Processes
 from trainer.run.signals import StopRequest
 from trainer.run.watchdog import Watchdog
-from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Items, Predictor, load_anchor, shapes_of
+from trainer.scoring.predictor import (
+    TRAINED,
+    AnchorPredictor,
+    FlowPredictor,
+    Items,
+    Predictor,
+    load_anchor,
+    shapes_of,
+)
 from trainer.scoring.records import lines, printed, write_scores
+from trainer.scoring.score import untrained_facts
 from trainer.scoring.sets import SetScores, score_set
 from trainer.training import crossfit
+from trainer.training.checks import told_of_features
 from trainer.training.loop import Phase, Training, Watch
 
 
@@ -96,7 +106,16 @@ def anchor_phase(
     torch.manual_seed(seed)
     anchor = build_anchor(job.config.stage1.model, shapes_of(job.study))
     if job.config.stage1.standardise_features:
-        anchor.set_standardising(*feature_statistics(job.study.shards, spans, job.study.streams))
+        keep = job.config.stage1.keep_columns
+        means, scales = feature_statistics(job.study.shards, spans, job.study.streams, keep)
+        anchor.set_standardising(means, scales)
+        if validates and job.processes.is_main:
+            for line in told_of_features(job.study, means, scales):
+                print(f"warning: {line}", file=sys.stderr)
+    level, count = starting_level(
+        job.study.shards, spans, job.study.scaling, judged_by=job.study.anchor_spans(refit=False)
+    )
+    anchor.start_at(torch.from_numpy(level), torch.from_numpy(count))
     phase = _phase(job, directory, anchor, AnchorObjective(anchor, seed), spans, job.config.stage1, title, seed, steps)
     if validates:
         phase.validate_every = phase.steps_per_epoch
@@ -123,6 +142,7 @@ def flow_phase(
 
     torch.manual_seed(config.seed)
     flow = build_flow(config, shapes_of(job.study)).to(device)
+    flow.set_trained(used_subjects(spans))
     if job.processes.first(lambda: checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None):
         crossfit.fit_latent(flow, job.study, spans, predictions, job.processes)
     title = "Stage 2 refit" if refit else "Stage 2"
@@ -219,6 +239,7 @@ def _phase(
             "shards": checkpoint.sha256(study.manifest.folder / "manifest.json"),
             "steps_per_epoch": plan.steps_per_epoch,
         },
+        marks={TRAINED: study.labels_of(spans)},
         val_set_name=job.config.val_set_name,
     )
 
@@ -241,6 +262,7 @@ def _write_validation(
     """Write and print a validation; returns its quality, None where it is not a number."""
     epoch = step // phase.steps_per_epoch
     facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
+    facts |= untrained_facts(job.study, phase.val_set_name, phase.marks[TRAINED])
     written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
     logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
     if latent_std is not None:

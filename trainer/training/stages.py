@@ -29,6 +29,7 @@ from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
+from trainer.training.checks import check, check_parcels
 from trainer.training.loop import Phase, Training, Watch
 from trainer.training.phases import Job, anchor_phase, flow_phase, planned_steps
 from trainer.training.tracking import check_tracker
@@ -48,13 +49,19 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     study = Study(config)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
-        build_flow(config, shapes_of(study))
+        if 2 in stages or study.manifest.parcels > 1:
+            check_parcels(study)
+            build_flow(config, shapes_of(study))
     if 1 not in stages:
         study.stand_on(stage1_config(config, run))
     processes = make_processes(
-        precision=config.precision, deterministic=config.deterministic, timeout_s=config.timeout_s
+        precision=config.precision, deterministic=config.deterministic, timeout_s=config.timeout_s, tf32=config.tf32
     )
     micro_batches(range(config.batch_size), processes.rank, processes.world, config.gradient_accumulation_steps)
+    new = [number for number in stages if not checkpoint.steps(run.stage(number).checkpoints) or overwrite]
+    for warning in processes.first(lambda: check(study, new)):
+        if processes.is_main:
+            print(f"warning: {warning}", file=sys.stderr)
     processes.first(lambda: _claim(config, run, stages, resume=resume, overwrite=overwrite))
     where = study.reside(processes.device)
     if processes.is_main:
@@ -120,7 +127,7 @@ def _said_of_finished(job: Job, number: int) -> str:
 
 # What may change between a start and its resume: how long, how fast and how often, never what is learnt.
 _HOW_DATA_ARE_READ = tuple(f"data.{key}" for key in ("num_workers", "prefetch", "residence", "verify", "cache_"))
-_HOW_PROCESSES_SHARE = ("precision", "gradient_accumulation_steps", "deterministic", "timeout_s")
+_HOW_PROCESSES_SHARE = ("precision", "tf32", "gradient_accumulation_steps", "deterministic", "timeout_s")
 _HOW_LONG = ("checkpoint.", "evaluate.", "log_every", "tracker", "stage1.max_steps", "stage2.max_steps")
 _MAY_CHANGE = (*_HOW_DATA_ARE_READ, *_HOW_PROCESSES_SHARE, *_HOW_LONG)
 
