@@ -178,7 +178,7 @@ def test_a_stored_configuration_of_wrong_types_is_refused_in_one_line(config_fil
 
 @pytest.mark.parametrize(
     ("stored", "given", "window"),
-    [("", "", None), ("stage2: {window_trs: auto}", "", 256), ("", "stage2: {window_trs: 99}", 99)],
+    [("", "", None), ("stage2: {window_trs: 300}", "", 256), ("", "stage2: {window_trs: 99}", 99)],
 )
 def test_a_resume_keeps_the_meaning_of_keys_that_the_stored_configuration_lacks(
     tmp_path: Path, stored: str, given: str, window: int | None
@@ -192,7 +192,7 @@ def test_a_resume_keeps_the_meaning_of_keys_that_the_stored_configuration_lacks(
     assert continued(load_config(own), [tmp_path / "missing.yaml"]) == load_config(own)
 
 
-def test_a_window_shorter_than_a_training_window_is_refused(config_file: Path) -> None:
-    assert "stage2.window_trs: found 32, expected at least sample_length 64" in refusal(
-        config_file, "stage2: {window_trs: 32}"
-    )
+def test_the_window_of_stage2_holds_a_training_window(config_file: Path) -> None:
+    assert load_config(config_file, ["stage2.window_trs=32"]).window_trs == 64
+    assert load_config(config_file, ["stage2.window_trs=null", "sample_length=300"]).window_trs is None
+    assert load_config(config_file, ["sample_length=300"]).window_trs == 300

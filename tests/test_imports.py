@@ -8,12 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-LEAVES = {"errors", "strict", "config", "progress"}
+LEAVES = {"errors", "text", "written", "paths", "strict", "config", "progress"}
 ALLOWED = {
     "errors": set(),
     "progress": set(),
-    "strict": {"errors"},
-    "config": {"errors", "strict"},
+    "text": {"errors"},
+    "written": {"errors"},
+    "paths": set(),
+    "strict": {"errors", "text", "written"},
+    "config": {"errors", "written", "paths", "strict"},
     "data": LEAVES,
     "models": LEAVES,
     "run": LEAVES,

@@ -15,7 +15,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from trainer.strict import StrictModel, apply_overrides, flat, read_yaml, validated
+from trainer.paths import PathText
+from trainer.strict import Few, NotNegative, Positive, Size, StrictModel, apply_overrides, flat, read_yaml, validated
+from trainer.written import yaml_text
 
 
 def _odd(size: int) -> int:
@@ -24,28 +26,25 @@ def _odd(size: int) -> int:
     return size
 
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Odd = Annotated[int, Field(gt=0), AfterValidator(_odd)]
+Odd = Annotated[Size, AfterValidator(_odd)]
+Tr = Annotated[int, Field(ge=-(10**9), le=10**9)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BlockType = Literal["conformer", "transformer"]
+
+HIGHEST_SEED = 2**64 - 1 - 2**16
+"""torch takes 64 bits; the rest is room for what is added to a seed: the number of a fold."""
 
 
 class Filter(StrictModel):
     """Which runs, repeats, subjects and TRs of the shards a data set takes; a key left out takes all."""
 
     series: list[str] | None = Field(None, description="series to take, e.g. [friends]")
-    seasons: list[int] | None = Field(None, description="seasons to take; united with `films`")
+    seasons: list[NotNegative] | None = Field(None, description="seasons to take; united with `films`")
     films: list[str] | None = Field(None, description="films to take; united with `seasons`")
     runs: list[str] | None = Field(None, description="run names or patterns, e.g. ['s01e0*']")
-    repeats: list[int] | None = Field(None, description="which showings of a repeated run, counted from 1")
+    repeats: list[NotNegative] | None = Field(None, description="which showings of a repeated run, counted from 1")
     subjects: list[str] | None = Field(None, description="subjects whose BOLD is used; others count as missing")
-    trs: list[int | None] | None = Field(None, description="[start, stop] inside each run, like a Python slice")
-
-    @field_validator("subjects", mode="before")
-    @classmethod
-    def _labels_are_text(cls, subjects: object) -> object:
-        return [str(label) for label in subjects] if isinstance(subjects, list) else subjects
+    trs: list[Tr | None] | None = Field(None, description="[start, stop] inside each run, like a Python slice")
 
     @field_validator("trs")
     @classmethod
@@ -67,27 +66,34 @@ class DatasetConfig(StrictModel):
 class DataConfig(StrictModel):
     """Where the shards lie and how they are read."""
 
-    shards: str = Field(description="folder that tools/make_shards.py wrote, or its URL (`https:`, `s3:`, `pipe:`)")
-    num_workers: NotNegative = Field(0, description="reading processes beside the training; 0 reads in it")
-    prefetch: Positive = Field(2, description="batches that each of them reads ahead")
+    shards: PathText = Field(
+        description="folder that tools/make_shards.py wrote, or its URL (`https:`, `s3:`, `pipe:`); in all paths `~`, "
+        "`$VAR` and `${VAR}` are expanded as the file is read, and the run directory keeps the result"
+    )
+    num_workers: int = Field(0, ge=0, le=1000, description="reading processes beside the training; 0 reads in it")
+    prefetch: Few = Field(2, description="batches that each of them reads ahead")
     residence: Literal["device", "host", "disk", "auto"] = Field(
         "auto",
         description="where the data stand: on the GPU, in memory once per node, read per window, or the first that "
         "fits into half of what is free",
     )
-    context_trs: NotNegative = Field(
+    context_trs: int = Field(
         0,
+        ge=0,
+        le=10**6,
         description="TRs on both sides of a window whose features stage 1 sees too, but does not learn from; half the "
         "kernel's TRs give every TR of a window what it has in the whole run",
     )
     verify: Literal["size", "full"] = Field(
         "size", description="what is compared with the manifest at the start: sizes, or every SHA-256"
     )
-    cache_dir: str | None = Field(
+    cache_dir: PathText | None = Field(
         None,
         description="local folder for copies of remote shards; null: `fmri-flow-UID` in the folder for temporary files",
     )
-    cache_gb: float = Field(100, gt=0, description="size in GB that the copies may grow to; the oldest make room")
+    cache_gb: float = Field(
+        100, gt=0, le=10**9, description="size in GB that the copies may grow to; the oldest make room"
+    )
 
 
 class BoldConfig(StrictModel):
@@ -101,22 +107,22 @@ class BoldConfig(StrictModel):
 class TransformerConfig(StrictModel):
     """The transformer hidden model of stage 1."""
 
-    num_heads: Positive = Field(3, description="attention heads")
-    depth: Positive = Field(6, description="blocks")
-    mlp_ratio: float = Field(4.0, gt=0, description="width of the feed-forward layer over the embedding's")
+    num_heads: Few = Field(3, description="attention heads")
+    depth: Few = Field(6, description="blocks")
+    mlp_ratio: float = Field(4.0, gt=0, le=1000, description="width of the feed-forward layer over the embedding's")
 
 
 class Conv1dNextConfig(StrictModel):
     """The conv1dnext hidden model of stage 1."""
 
-    depth: Positive = Field(6, description="blocks")
+    depth: Few = Field(6, description="blocks")
     kernel_size: Odd = Field(11, description="TRs a block sees")
 
 
 class AnchorConfig(StrictModel):
     """The mean anchor's architecture."""
 
-    embed_dim: Positive = Field(192, description="width d that every stream is projected to")
+    embed_dim: Size = Field(192, description="width d that every stream is projected to")
     encoder_kernel_size: Odd = Field(45, description="TRs of the temporal kernel of each stream; 1 for none")
     encoder_causal: bool = Field(False, description="the kernel sees no future TR")
     encoder_positive: bool = Field(False, description="kernel weights are made positive")
@@ -130,7 +136,9 @@ class AnchorConfig(StrictModel):
     dropout: Fraction = Field(0.0, description="dropout in the hidden model")
     with_shared_decoder: bool = Field(True, description="a decoder that all subjects share")
     with_subject_decoders: bool = Field(True, description="a decoder of each subject's own, added")
-    decoder_kernel_size: NotNegative = Field(0, description="TRs of a kernel before the own decoders; 0 for none")
+    decoder_kernel_size: int = Field(
+        0, ge=0, le=10**6, description="TRs of a kernel before the own decoders; 0 for none"
+    )
 
     @model_validator(mode="after")
     def _has_a_decoder(self) -> AnchorConfig:
@@ -149,13 +157,17 @@ class AnchorConfig(StrictModel):
 class OptimisationConfig(StrictModel):
     """How long and how fast one stage learns (AdamW)."""
 
-    lr: float = Field(3e-4, gt=0, description="learning rate of AdamW")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay of the weights (biases have none)")
+    lr: float = Field(3e-4, gt=0, le=100, description="learning rate of AdamW")
+    weight_decay: float = Field(
+        0.1, ge=0, le=1000, description="decoupled weight decay of the weights (biases have none)"
+    )
     epochs: Positive = Field(10, description="epochs of `num_samples` windows")
     max_steps: Positive | None = Field(None, description="stop after so many steps, whatever `epochs` says")
     warmup_steps: NotNegative = Field(0, description="steps in which the learning rate rises from 0")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest gradient norm; null for no clipping")
+    clip_grad_norm: float | None = Field(
+        None, gt=0, le=10**9, description="largest gradient norm; null for no clipping"
+    )
     patience: Positive | None = Field(
         None, description="stop after so many validations that bring nothing better; null never stops early"
     )
@@ -171,12 +183,12 @@ class Stage1Config(OptimisationConfig):
 class DecoderConfig(StrictModel):
     """The U-Net that estimates the velocity in stage 2."""
 
-    channels: list[Positive] = Field([256, 256], description="channels of each level")
+    channels: list[Size] = Field([256, 256], description="channels of each level")
     dropout: Fraction = Field(0.05, description="dropout in its blocks")
-    attention_head_dim: Positive = Field(64, description="width of one attention head")
-    n_blocks: Positive = Field(1, description="attention blocks a level")
-    num_mid_blocks: Positive = Field(2, description="blocks at the bottom of the U")
-    num_heads: Positive = Field(2, description="attention heads")
+    attention_head_dim: Size = Field(64, description="width of one attention head")
+    n_blocks: Few = Field(1, description="attention blocks a level")
+    num_mid_blocks: Few = Field(2, description="blocks at the bottom of the U")
+    num_heads: Few = Field(2, description="attention heads")
     act_fn: Literal["snakebeta"] = Field("snakebeta", description="activation of the transformer block")
     down_block_type: BlockType = Field("conformer", description="block on the way down")
     mid_block_type: BlockType = Field("conformer", description="block at the bottom")
@@ -199,7 +211,7 @@ class FlowConfig(StrictModel):
 class Stage2Config(OptimisationConfig):
     """Stage 2, conditional flow matching around the anchor."""
 
-    latent_dim: Positive = Field(128, description="dimensions of the latent; at most the number of parcels")
+    latent_dim: Size = Field(128, description="dimensions of the latent; at most the number of parcels")
     projection: Literal["pca", "linear"] = Field(
         "pca", description="fixed principal components, or the published trainable projection (it collapses)"
     )
@@ -211,22 +223,24 @@ class Stage2Config(OptimisationConfig):
     )
     decoder: DecoderConfig = Field(DecoderConfig(), description="the U-Net (table below)")
     cfm: FlowConfig = Field(FlowConfig(), description="the path of the flow (table below)")
-    n_timesteps: Positive = Field(25, description="Euler steps of a sample")
-    temperature: float = Field(1.0, ge=0, description="scale of the noise that a sample starts from")
-    posterior_draws: Positive = Field(4, description="noise draws averaged in the posterior mean")
-    cross_fit: NotNegative = Field(
+    n_timesteps: Size = Field(25, description="Euler steps of a sample")
+    temperature: float = Field(1.0, ge=0, le=100, description="scale of the noise that a sample starts from")
+    posterior_draws: Size = Field(4, description="noise draws averaged in the posterior mean")
+    cross_fit: int = Field(
         5,
+        ge=0,
+        le=1000,
         description="folds of anchors that predict runs they have not seen, to learn from; 0: the anchor",
     )
     snapshot_every_epochs: Positive = Field(5, description="epochs between checkpoints that are scored")
     ema: Fraction | None = Field(
         None, description="decay of a moving average of the weights, e.g. 0.999, which then is what predicts; null: off"
     )
-    window_trs: Positive | Literal["auto"] | None = Field(
-        "auto",
+    window_trs: Size | None = Field(
+        256,
         json_schema_extra={"before": None},
-        description="TRs that the network sees at once of a longer run: overlapping windows, cross-faded; `auto`: "
-        "sample_length, at least 256; null: all of it, as published weights want it",
+        description="TRs that the network sees at once of a longer run, in overlapping windows that are cross-faded; "
+        "at least `sample_length`; null: the whole run, as published weights want it",
     )
 
     @field_validator("cross_fit")
@@ -247,7 +261,9 @@ class CheckpointConfig(StrictModel):
     """When a checkpoint is written, and which are kept."""
 
     every_steps: Positive | None = Field(500, description="steps between checkpoints; null: only where one is scored")
-    every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, by the clock of rank 0")
+    every_minutes: float | None = Field(
+        None, gt=0, le=10**6, description="minutes between checkpoints, by the clock of rank 0"
+    )
     keep_last: Positive = Field(2, description="newest checkpoints to keep; the best is always kept")
     background: bool = Field(True, description="the training goes on while a checkpoint is written")
 
@@ -255,12 +271,14 @@ class CheckpointConfig(StrictModel):
 class EvaluateConfig(StrictModel):
     """How checkpoints are judged, beside Pearson's r."""
 
-    samples: NotNegative = Field(16, description="samples that stage 2's distribution is judged by; 0: it is not")
-    bootstrap: NotNegative = Field(1000, description="resamplings for confidence intervals; 0: none")
-    labels: str | None = Field(
+    samples: int = Field(
+        16, ge=0, le=10**6, description="samples that stage 2's distribution is judged by; 0: it is not"
+    )
+    bootstrap: int = Field(1000, ge=0, le=10**6, description="resamplings for confidence intervals; 0: none")
+    labels: PathText | None = Field(
         None, description="the atlas's label file, a line a parcel: networks are read from the names"
     )
-    atlas: str | None = Field(
+    atlas: PathText | None = Field(
         None, description="volumes of parcel ids (.nii.gz) for brain maps, with {subject} where the label stands"
     )
 
@@ -275,7 +293,7 @@ class EvaluateConfig(StrictModel):
 class Config(StrictModel):
     """A run: data, both stages, and what is written down about them."""
 
-    seed: NotNegative = Field(3315, description="everything random follows from it")
+    seed: int = Field(3315, ge=0, le=HIGHEST_SEED, description="everything random follows from it")
     precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision; weights stay float32")
     deterministic: bool = Field(
         False, description="a resume repeats every bit on the same number of processes (CPU; on GPUs as far as it can)"
@@ -287,10 +305,10 @@ class Config(StrictModel):
         description="named sets; `train` is trained on, the others are scored"
     )
     val_set_name: str = Field(description="the set that chooses the number of steps")
-    sample_length: Positive = Field(64, description="TRs of a training window")
+    sample_length: Size = Field(64, description="TRs of a training window")
     num_samples: Positive = Field(2000, description="windows of an epoch")
-    batch_size: Positive = Field(16, description="windows of a global batch, whatever the number of processes")
-    gradient_accumulation_steps: Positive = Field(
+    batch_size: Size = Field(16, description="windows of a global batch, whatever the number of processes")
+    gradient_accumulation_steps: Size = Field(
         1, description="micro-batches that each process cuts its share of a global batch into, to save memory"
     )
     stage1: Stage1Config = Field(Stage1Config(), description="the mean anchor")
@@ -302,12 +320,9 @@ class Config(StrictModel):
     tracker: Literal["tensorboard", "wandb", "none"] = Field(
         "tensorboard", description="where the lines of the log go too; wandb needs its own package"
     )
-    timeout_s: float = Field(600, gt=0, description="seconds without progress after which a process ends the job")
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _yaml_reads_no_as_false(cls, precision: object) -> object:
-        return "no" if precision is False else precision
+    timeout_s: float = Field(
+        600, gt=0, le=10**7, description="seconds without progress after which a process ends the job"
+    )
 
     @model_validator(mode="after")
     def _sets_exist(self) -> Config:
@@ -321,17 +336,13 @@ class Config(StrictModel):
             raise ValueError(f"include_features: stream {twice[0]} is named twice, expected each once")
         if self.num_samples < self.batch_size:
             raise ValueError(f"num_samples: found {self.num_samples}, expected at least batch_size {self.batch_size}")
-        if self.window_trs is not None and self.window_trs < self.sample_length:
-            raise ValueError(
-                f"stage2.window_trs: found {self.window_trs}, expected at least sample_length {self.sample_length}"
-            )
         return self
 
     @property
     def window_trs(self) -> int | None:
         """TRs that stage 2's network sees at once; None for all of a run."""
         window = self.stage2.window_trs
-        return max(self.sample_length, 256) if window == "auto" else window
+        return None if window is None else max(window, self.sample_length)
 
     def stage(self, number: int) -> Stage1Config | Stage2Config:
         """The section of stage 1 or 2."""
@@ -339,7 +350,7 @@ class Config(StrictModel):
 
     def to_yaml(self) -> str:
         """The configuration with every default filled in, as it is kept in a run directory."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml_text(self.model_dump(mode="json"))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -61,7 +61,8 @@ class Encoder:
 
         Args:
             features: stream -> (TRs, D), or (TRs, L, D) for a stream of L layers: one row a TR, row 0 at the start of
-                the run, any float type. Further streams are not read.
+                the run, finite numbers of any float type, byte order and strides; (TRs, 1, D) is as good as (TRs, D).
+                Further streams are not read.
             estimate: `mean`, the expected BOLD, or `sample`, draws that look like real scans (stage 2 only).
             samples: how many draws, K.
             number: what the noise depends on: another number, other noise. A run predicted from a set of shards has its
@@ -71,7 +72,8 @@ class Encoder:
             was trained on, z-scored where `config.bold.standardise` says so.
 
         Raises:
-            InputError: a stream is missing or of another shape, streams differ in TRs, or there is no such estimate.
+            InputError: a stream is missing, of another shape or type or not finite (the place is named), streams differ
+                in TRs, or there is no such estimate.
         """
         possible = ("mean", "sample") if isinstance(self._predictor, FlowPredictor) else ("mean",)
         if estimate not in possible:
@@ -104,12 +106,55 @@ class Encoder:
     ) -> Tensor:  # fmt: skip
         if name not in features:
             raise InputError("features", f"stream {name} is missing", found=", ".join(features) or "nothing")
-        rows = torch.as_tensor(features[name])
+        where = f"features: {name}"
+        rows = as_floats(features[name], where)
         row = (width,) if layers == 1 else (layers, width)
-        if tuple(rows.shape[1:]) != row or not rows.is_floating_point():
+        if layers == 1 and tuple(rows.shape[1:]) == (1, width):
+            rows = rows[:, 0]
+        if tuple(rows.shape[1:]) != row:
             expected = f"floats ({', '.join(['TRs', *map(str, row)])})"
-            raise InputError(f"features: {name}", "array", found=f"{rows.dtype} {tuple(rows.shape)}", expected=expected)
+            raise InputError(where, "array", found=f"{rows.dtype} {tuple(rows.shape)}", expected=expected)
+        if not rows.isfinite().all():
+            place = (~rows.isfinite()).nonzero()[0].tolist()
+            axes = ("TR", "column") if layers == 1 else ("TR", "layer", "column")
+            found = f"{rows[tuple(place)].item()} at {', '.join(f'{a} {i}' for a, i in zip(axes, place, strict=True))}"
+            raise InputError(where, "not a finite number", found=found, expected="finite numbers in float32's range")
         return rows
+
+
+def as_floats(values: np.ndarray | Tensor, where: str) -> Tensor:
+    """An array of floats as a tensor: float16 and bfloat16 as they are, wider ones as float32.
+
+    Args:
+        values: an array or tensor of any float type, byte order and strides; masked values become NaN.
+        where: what it is, for errors.
+
+    Raises:
+        InputError: it holds no floats.
+    """
+    if isinstance(values, Tensor):
+        rows = values.detach()
+    else:
+        try:
+            array = np.ma.filled(values, np.nan) if _is_masked_floats(values) else np.asarray(values)
+        except ValueError as error:  # lists of several lengths
+            raise InputError(where, "no array", found=error, expected="floats") from error
+        if array.dtype.kind != "f":
+            fix = "Convert it with .astype('float32')." if array.dtype.kind in "iub" else None
+            raise InputError(where, "array", found=f"{array.dtype} {array.shape}", expected="floats", fix=fix)
+        native = np.float16 if array.dtype.itemsize == 2 else np.float32
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused by its place
+            rows = torch.from_numpy(np.array(array, native, order="C"))
+    if not rows.is_floating_point():
+        fix = "Convert it with .float()."
+        raise InputError(where, "array", found=f"{rows.dtype} {tuple(rows.shape)}", expected="floats", fix=fix)
+    return (
+        rows if rows.itemsize == 2 else rows.float()
+    ).contiguous()  # strides decide about the last bits of a product
+
+
+def _is_masked_floats(values: object) -> bool:
+    return isinstance(values, np.ma.MaskedArray) and values.dtype.kind == "f"
 
 
 def load_encoder(folder: str | Path, device: str = "cpu") -> Encoder:

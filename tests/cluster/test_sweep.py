@@ -48,7 +48,7 @@ def test_a_list_of_mappings_is_as_given_and_sections_may_be_nested(tmp_path: Pat
         Element(
             "stage1.lr=0.001,stage1.model.hidden_model=null", ("stage1.lr=0.001", "stage1.model.hidden_model=null")
         ),
-        Element("stage2.decoder.channels=64-64,precision=no", ("stage2.decoder.channels=[64, 64]", 'precision="no"')),
+        Element("stage2.decoder.channels=64-64,precision=no", ("stage2.decoder.channels=[64, 64]", "precision=no")),
     ]
 
 
@@ -81,6 +81,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     [
         ("stage1.lrr=1", "stage1.lrr=1: .*Did you mean stage1.lr"),
         ("seed=-1", "seed=-1: .*seed"),
+        (f"seed={2**64}", "seed: found 18446744073709551616, expected at least 0 and at most"),
+        ("stage1.lr=.inf", "stage1.lr: found inf, expected a finite number"),
+        ("batch_size=1_0", "batch_size: found '1_0', expected an integer"),
         ("slurm.partition=big", "differs in what it asks of SLURM"),
     ],
 )

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.data.conftest import LAYOUT, LENGTHS, PARCELS, Invented
+from tests.data.conftest import FOLDERS, LAYOUT, LENGTHS, PARCELS, Invented, write_invented
 from tools.make_shards import main
 from trainer.data import build as building
 from trainer.data.build import deal, fit_length
@@ -39,6 +39,18 @@ def test_one_sample_a_run_and_repeat_with_what_its_name_says(invented_shards: Sh
     assert samples["cinema_alpha_2"].subjects == ("a", "b")
     assert invented_shards.manifest.subjects == ("a", "b", "3")
     assert (invented_shards.manifest.parcels, invented_shards.manifest.tr) == (PARCELS, 2.0)
+
+
+def test_labels_reach_the_shards_as_they_are_written(tmp_path: Path) -> None:
+    made = write_invented(tmp_path / "source")
+    written = LAYOUT.replace("{a: person_A, b: person_B, 3: person_C}", "{010: person_A, NO: person_B, 12e4: person_C}")
+    made.layout.write_text(written)
+    assert main(made.arguments(tmp_path / "shards")) == 0
+    shards = Shards(tmp_path / "shards")
+    assert shards.manifest.subjects == ("010", "NO", "12e4")
+    i, sample = next((i, s) for i, s in enumerate(shards.manifest.samples) if s.run == "alpha_1")
+    expected = np.stack([made.bold["alpha_1", 1, label][: sample.n_trs] for label in FOLDERS])
+    np.testing.assert_array_equal(shards.read(i, "bold", 0, sample.n_trs), expected)
 
 
 def test_bold_is_cut_to_the_shortest_subject(invented_shards: Shards, invented_source: Invented) -> None:

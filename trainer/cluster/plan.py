@@ -23,6 +23,7 @@ from trainer.config import Config, continued, load_config
 from trainer.data.layout import load_layout
 from trainer.data.manifest import MANIFEST
 from trainer.errors import InputError
+from trainer.paths import is_remote
 from trainer.run import jobs as queue
 from trainer.run.directory import RunDirectory
 from trainer.run.files import write_new
@@ -182,7 +183,7 @@ def _shards(
         InputError: there are none, and nothing says how to make them, or it would have to be several.
     """
     where, asked = trainings[0].data.shards, settings.shards
-    if not any(stage.needed for stages in standing for stage in stages.values()) or _is_remote(where):
+    if not any(stage.needed for stages in standing for stage in stages.values()) or is_remote(where):
         return None, []
     if len({training.data.shards for training in trainings}) > 1:  # a sweep over data: all must be there
         return None, []
@@ -199,14 +200,6 @@ def _shards(
         raise InputError("shards.root", "no such folder", found=asked.root)
     features = asked.features or list(dict.fromkeys(name for one in trainings for name in one.include_features))
     return Shards(("--layout", asked.layout, "--root", asked.root, "--out", where, "--features", *features)), []
-
-
-def _is_remote(shards: str) -> bool:
-    if ":" not in shards:
-        return False
-    from trainer.data.cache import is_remote  # imports torch
-
-    return is_remote(shards)
 
 
 def _notes(number: int, stage: Stage) -> list[str]:

@@ -12,14 +12,12 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from trainer.strict import StrictModel, apply_overrides, read_yaml, validated
-
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+from trainer.paths import PathText
+from trainer.strict import Few, Size, StrictModel, apply_overrides, read_yaml, validated
 
 OVERRIDE = "slurm."
 """How an override of these settings begins on the command line; all others are the training's."""
@@ -52,19 +50,21 @@ class JobSettings(StrictModel):
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="features of the nodes, e.g. a100|h100")
     gres: str | None = Field(None, description="generic resources of a node, e.g. gpu:h100:4")
-    gpus_per_node: NotNegative | None = Field(None, description="GPUs of a node; some sites want gres instead")
-    nodes: Positive = Field(1, description="nodes")
-    tasks_per_node: Positive = Field(1, description="processes on each node: as many as it has GPUs")
-    cpus_per_task: Positive | None = Field(None, description="cores of each: data.num_workers + 1 at least")
-    mem_gb: float | None = Field(None, gt=0, description="memory of a node in GB")
-    time: int = Field(60, gt=0, description="minutes, or HH:MM:SS, D-HH, D-HH:MM:SS")
+    gpus_per_node: int | None = Field(None, ge=0, le=1000, description="GPUs of a node; some sites want gres instead")
+    nodes: Size = Field(1, description="nodes")
+    tasks_per_node: Few = Field(1, description="processes on each node: as many as it has GPUs")
+    cpus_per_task: Size | None = Field(None, description="cores of each: data.num_workers + 1 at least")
+    mem_gb: float | None = Field(None, gt=0, le=10**6, description="memory of a node in GB")
+    time: int = Field(60, gt=0, le=10**7, description="minutes, or HH:MM:SS, D-HH, D-HH:MM:SS")
     exclude: str | None = Field(None, description="nodes not to use")
     mail_user: str | None = Field(None, description="who gets mail")
     mail_type: str | None = Field(None, description="when, e.g. END,FAIL")
     setup: list[str] = Field([], description="lines of bash before anything else: modules, conda, venv")
-    python: str | None = Field(None, description="the interpreter in the jobs; null: the one that submits")
+    python: PathText | None = Field(None, description="the interpreter in the jobs; null: the one that submits")
     interface: str | None = Field(None, description="the network that NCCL and gloo use, e.g. ib0")
-    signal_delay_s: NotNegative = Field(120, description="seconds before its end at which a job is told to save")
+    signal_delay_s: int = Field(
+        120, ge=0, le=65535, description="seconds before its end at which a job is told to save"
+    )
     sbatch: dict[str, str | int | float | bool] = Field({}, description="other options, e.g. {exclusive: true}")
     srun: list[str] = Field([], description="other arguments of srun")
 
@@ -98,8 +98,8 @@ class JobSettings(StrictModel):
 class ShardsSettings(JobSettings):
     """The job that makes shards where there are none, one MPI process a task."""
 
-    layout: str | None = Field(None, description="YAML that describes the data set; null: there is no such job")
-    root: str | None = Field(None, description="folder that the layout's patterns start from")
+    layout: PathText | None = Field(None, description="YAML that describes the data set; null: there is no such job")
+    root: PathText | None = Field(None, description="folder that the layout's patterns start from")
     features: list[str] | None = Field(None, description="streams to store; null: include_features of the training")
     mpi: str | None = Field("pmi2", description="srun --mpi; `srun --mpi=list` lists them")
 
@@ -108,8 +108,10 @@ class Settings(JobSettings):
     """A file of configs/slurm."""
 
     requeue: bool = Field(True, description="whether the site lets a job be put back into the queue")
-    max_requeues: NotNegative = Field(
+    max_requeues: int = Field(
         3,
+        ge=0,
+        le=1000,
         description="how often a job that was killed goes on; without requeue, the jobs that train a stage",
     )
     shards: ShardsSettings = Field(ShardsSettings(), description="overrides for the job that makes shards")
@@ -126,7 +128,7 @@ class Settings(JobSettings):
         values |= _OF_THEIR_OWN.get(section, {})
         values |= {name: getattr(own, name) for name in own.model_fields_set}
         values["sbatch"] = self.sbatch | own.sbatch
-        return type(own).model_validate(values)
+        return own.model_copy(update=values)
 
     @property
     def links(self) -> int:

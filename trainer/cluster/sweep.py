@@ -31,7 +31,9 @@ from trainer.errors import InputError, exit_on_input_error
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import write_whole
-from trainer.strict import flat, parse_yaml
+from trainer.strict import as_declared, declared, flat, parse_yaml
+from trainer.text import read_text
+from trainer.written import parse_written
 
 LONGEST_NAME = 120
 _UNSAFE = re.compile(r"[^A-Za-z0-9.+_-]+")
@@ -56,15 +58,11 @@ def elements(path: Path) -> list[Element]:
     Raises:
         InputError: it cannot be read, holds neither lists of values nor a list of mappings, or one run twice.
     """
-    try:
-        data = parse_yaml(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(path, f"cannot be read: {reason}", fix="Check the path.") from error
+    data = parse_written(read_text(path), str(path))
     if isinstance(data, dict):
         chosen = _product(path, dict(flat(data)))
     elif isinstance(data, list) and all(isinstance(one, dict) for one in data):
-        chosen = [dict(flat(one)) for one in data]
+        chosen = [{key: _declared(key, value) for key, value in flat(one)} for one in data]
     else:
         raise InputError(path, "is no sweep", expected="{key: [values], ...} or a list of {key: value, ...}")
     if not chosen or not all(chosen):
@@ -126,8 +124,14 @@ def _marked(name: str, words: Sequence[str]) -> str:
 def _product(path: Path, lists: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key, values in lists.items():
         if not isinstance(values, list) or not values:
-            raise InputError(path, key, found=repr(values), expected=f"a list of values, e.g. [{_text(values)}]")
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+            raise InputError(path, key, found=repr(values), expected=f"a list of values, e.g. [{values}]")
+    taken = {key: [_declared(key, value) for value in values] for key, values in lists.items()}
+    return [dict(zip(taken, values, strict=True)) for values in itertools.product(*taken.values())]
+
+
+def _declared(key: str, value: Any) -> Any:
+    """A value of the file as the key's type takes it: a label as it is written, 1e-3 as the number 0.001."""
+    return as_declared(declared(Config, key.split(".")), value)
 
 
 def _text(value: Any) -> str:
@@ -138,7 +142,7 @@ def _text(value: Any) -> str:
                 return value
         except InputError:
             pass
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 # One stage 2 a subject

@@ -25,6 +25,7 @@ from webdataset import gopen
 
 from trainer.data.manifest import MANIFEST, FileRecord, Manifest
 from trainer.errors import InputError
+from trainer.paths import is_remote
 
 STALLED_S = 120.0
 """A source that gives no byte for so long is given up."""
@@ -34,11 +35,6 @@ _BLOCK = 1 << 20
 _IN_USE = ".in_use"
 # The folders that this process uses stay locked, and so are not removed by others, until it ends.
 _HELD: dict[Path, int] = {}
-
-
-def is_remote(shards: str) -> bool:
-    """Whether data.shards is a URL and not a folder."""
-    return re.match(r"[a-z][a-z0-9+.-]*:", shards) is not None
 
 
 def local_folder(shards: str, cache_dir: str | None, cache_gb: float) -> Path:

@@ -169,7 +169,7 @@ class Layout(StrictModel):
     """A data set on disk."""
 
     name: str = Field(description="name of the data set")
-    tr: float = Field(gt=0, description="repetition time in seconds")
+    tr: float = Field(gt=0, le=100, description="repetition time in seconds")
     subjects: dict[str, str] = Field(min_length=1, description="label -> folder name: the field {subject}")
     series: dict[str, SeriesLayout] = Field(min_length=1, description="the series of runs")
     feature_files: list[str] = Field(
@@ -180,12 +180,6 @@ class Layout(StrictModel):
     include_features: list[str] = Field(
         default_factory=list, description="streams KEY/LAYER that shards hold unless --features names others"
     )
-
-    @field_validator("subjects", mode="before")
-    @classmethod
-    def _labels_are_text(cls, subjects: Any) -> Any:
-        """YAML reads the label 1 as a number."""
-        return {str(k): v for k, v in subjects.items()} if isinstance(subjects, dict) else subjects
 
     @field_validator("feature_files")
     @classmethod

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
+from trainer.text import decoded
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -89,10 +90,10 @@ def as_json(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """Read JSON. Raises InputError where the file is missing or no JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(decoded(path.read_bytes(), path))
     except FileNotFoundError as error:
         raise InputError(path, "missing") from error
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(path, "cannot be read", found=error) from error
 
 

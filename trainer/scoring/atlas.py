@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.text import read_text
 
 _SCHAEFER = re.compile(r"\d+Networks_[LR]H_([^_]+)(_.*)?")
 
@@ -20,10 +21,7 @@ def networks(path: str | Path, n_parcels: int) -> list[str]:
     Raises:
         InputError: the file cannot be read, or has another number of lines than there are parcels.
     """
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read: {error}", fix="Correct evaluate.labels.") from error
+    lines = [line.split() for line in read_text(path, "Correct evaluate.labels.").split("\n") if line.strip()]
     if len(lines) != n_parcels:
         raise InputError(
             path, "does not fit the parcels", found=f"{len(lines)} lines", expected=f"{n_parcels}, one for each parcel"
