@@ -61,3 +61,11 @@ def debug_run(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, debug
     run = tmp_path_factory.mktemp("runs") / "debug"
     assert main(["train", "--config", str(debug_config), "--run", str(run), f"data.shards={tiny_shards}"]) == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def wide_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of both stages whose shards hold more parcels than a covariance is made of."""
+    from tests.wide import write_wide
+
+    return write_wide(tmp_path_factory.mktemp("wide"))

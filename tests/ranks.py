@@ -11,9 +11,12 @@ from typing import Any, TypeVar
 import torch
 
 from trainer.errors import InputError
+from trainer.run.signals import Interrupted
 
 Result = TypeVar("Result")
 TIMEOUT_S = 60
+KNOWN = (InputError, Interrupted)
+"""What the main process's work may raise on all ranks."""
 
 
 class Meeting:
@@ -40,6 +43,12 @@ class ThreadRank:
         self.meeting.barrier.wait()  # nobody lays down the next before all have read
         return values
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.double()
+        for number, other in enumerate(self.gather_objects(total)):
+            total = other if number == 0 else total + other
+        return total.to(values.dtype)
+
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
         return items[self.rank :: self.world]
 
@@ -48,10 +57,10 @@ class ThreadRank:
         if self.is_main:
             try:
                 outcome = action()
-            except InputError as error:
+            except KNOWN as error:
                 outcome = error
         outcome = self.gather_objects(outcome)[0]
-        if isinstance(outcome, InputError):
+        if isinstance(outcome, KNOWN):
             raise outcome
         return outcome
 

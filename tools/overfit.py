@@ -32,7 +32,7 @@ from trainer.run.directory import RunDirectory
 from trainer.scoring.metrics import PearsonR
 from trainer.scoring.predictor import Items, load_anchor, shapes_of
 from trainer.scoring.shares import OneProcess
-from trainer.training import crossfit
+from trainer.training import latent
 from trainer.training.adam import adamw
 from trainer.training.phases import FlowObjective
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch = one_batch(study, arguments.subject_idx, arguments.run, device).to(device)
     torch.manual_seed(config.seed)
     flow = build_flow(config, shapes_of(study)).to(device)
-    crossfit.fit_latent(flow, study, study.spans["train"], None, OneProcess(device))
+    latent.fit_latent(flow, study, study.spans["train"], None, OneProcess(device))
     losses = memorise(flow, batch, config, arguments.steps)
     r = sample_r(flow, batch, config)
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from trainer.models import randomness
 from trainer.models.randomness import KeyedDropout, fold_in, keyed, make_keys, normal, number_sites, uniform
 
 
@@ -36,6 +37,19 @@ def test_a_longer_first_dimension_keeps_the_numbers_before_it(short: int, more: 
     keys = _keys(3)
     for draw in (uniform, normal):
         assert torch.equal(draw(keys, 7, (short + more, width))[:, :short], draw(keys, 7, (short, width)))
+
+
+@settings(deadline=None, max_examples=25)
+@given(block=st.integers(1, 70), items=st.integers(0, 4), length=st.integers(0, 20), width=st.integers(0, 7))
+def test_normal_numbers_do_not_depend_on_how_many_are_made_at_once(
+    block: int, items: int, length: int, width: int
+) -> None:
+    keys, shape = _keys(items), (length, width)
+    whole = normal(keys, 7, shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(randomness, "_BLOCK", block)
+        assert torch.equal(normal(keys, 7, shape), whole)
+    assert whole.shape == (items, length, width)
 
 
 def test_every_part_of_a_key_counts() -> None:

@@ -1,4 +1,4 @@
-"""A lab of two people and three scans, small enough to be written anew for a test that wants its data otherwise."""
+"""Shared set-up: a study of the tiny shards, anchors of one value, and a lab of two people and three scans."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from trainer.cli import main
 from trainer.config import Config, load_config
 from trainer.data.study import Study
+from trainer.models.anchor import Anchor
+from trainer.models.build import build_anchor
+from trainer.scoring.predictor import shapes_of
 
 LENGTHS = {"a1": 40, "a2": 40, "b1": 30}
 LAYOUT = """
@@ -103,3 +107,15 @@ def _write(path: Path, dataset: str, name: str, run: str, values: np.ndarray, ch
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(path, "a") as file:
             file[dataset] = written.astype("f4")
+
+
+@pytest.fixture
+def study(tiny_shards: Path, debug_config: Path) -> Study:
+    return Study(load_config(debug_config, [f"data.shards={tiny_shards}"]))
+
+
+def constant_anchor(study: Study, value: float) -> Anchor:
+    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
+    for name, parameter in anchor.named_parameters():
+        torch.nn.init.constant_(parameter, value if name.endswith("bias") and "decoder" in name else 0.0)
+    return anchor

@@ -7,32 +7,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ranks import ThreadRank, on_ranks
-from trainer.config import Filter, load_config
+from tests.training.conftest import constant_anchor
+from trainer.config import Filter
 from trainer.data.batches import whole_runs
-from trainer.data.manifest import BOLD
 from trainer.data.plan import Span, select
 from trainer.data.study import Study
-from trainer.errors import InputError
-from trainer.models.anchor import Anchor
-from trainer.models.build import build_anchor, build_flow
-from trainer.models.flow import Latent
+from trainer.models.build import build_anchor
 from trainer.scoring.predictor import shapes_of
-from trainer.scoring.shares import OneProcess, Ranks
+from trainer.scoring.shares import OneProcess
 from trainer.training import crossfit
 
 EVERYONE = (True, True)
 ALONE = OneProcess(torch.device("cpu"))
-
-
-@pytest.fixture
-def study(tiny_shards: Path, debug_config: Path) -> Study:
-    return Study(load_config(debug_config, [f"data.shards={tiny_shards}"]))
 
 
 def trs(spans: list[Span]) -> set[tuple[int, int]]:
@@ -59,13 +50,6 @@ def test_showings_of_one_stimulus_stay_together(study: Study) -> None:
         for run in here:
             showings = [i for i, sample in enumerate(study.manifest.samples) if sample.run == run]
             assert {span.sample for span in fold} >= set(showings)
-
-
-def constant_anchor(study: Study, value: float) -> Anchor:
-    anchor = build_anchor(study.config.stage1.model, shapes_of(study))
-    for name, parameter in anchor.named_parameters():
-        torch.nn.init.constant_(parameter, value if name.endswith("bias") and "decoder" in name else 0.0)
-    return anchor
 
 
 def test_each_tr_is_predicted_by_the_anchor_of_its_fold(study: Study, tmp_path: Path) -> None:
@@ -133,75 +117,3 @@ def test_ranks_share_the_samples_and_keep_the_files_that_are_there(study: Study,
     for sample in alone:
         np.testing.assert_array_equal(shared[sample], alone[sample])
     assert sorted(path.name for path in shared.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
-
-
-def test_all_ranks_hold_the_latent_that_one_process_fits(study: Study, tmp_path: Path) -> None:
-    spans = study.spans["train"]
-    predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
-
-    def fit(rank: Ranks) -> tuple[dict[str, torch.Tensor], tuple[float, float]]:
-        flow = build_flow(study.config, shapes_of(study))
-        # what another rank would have found counts for nothing
-        crossfit.fit_latent(flow, study, spans if rank.is_main else spans[:1], predictions, rank)
-        return flow.latent.state_dict(), crossfit.latent_range(flow, study, spans, rank)
-
-    buffers, span = fit(ALONE)
-    assert buffers["residual_std"].min() > 0
-    for found, found_range in [*on_ranks(2, fit), *on_ranks(3, fit)]:
-        assert found.keys() == buffers.keys()
-        for name, wanted in buffers.items():
-            assert torch.equal(found[name], wanted), name
-        assert found_range == span
-
-
-def test_every_rank_hears_that_the_bold_does_not_vary(study: Study) -> None:
-    study.__dict__["scaling"] = SimpleNamespace(apply=lambda bold, sample, subject: bold.fill(0.0))
-
-    def fit(rank: ThreadRank) -> str:
-        with pytest.raises(InputError, match="does not vary") as raised:
-            flow = build_flow(study.config, shapes_of(study))
-            crossfit.fit_latent(flow, study, study.spans["train"], None, rank)
-        return str(raised.value)
-
-    assert len(set(on_ranks(2, fit))) == 1
-
-
-def test_the_range_of_the_latents_is_that_of_a_loop_in_float64(study: Study) -> None:
-    spans = study.spans["train"]
-    flow = build_flow(study.config, shapes_of(study))
-    crossfit.fit_latent(flow, study, spans[:1], None, ALONE)
-    latent = flow.latent
-    assert isinstance(latent, Latent)
-    squares, count = np.zeros(flow.latent_dim), 0
-    for span in spans:
-        present = study.manifest.samples[span.sample].subjects
-        for label in present:
-            bold = study.shards.read(span.sample, BOLD, span.start, span.stop, row=present.index(label))
-            z = bold.astype(np.float64) @ latent.basis.double().numpy().T / latent.scale.double().numpy()
-            squares += ((z - z.mean(0)) ** 2).sum(0)
-            count += len(z)
-    std = np.sqrt(squares / count)
-    assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((std.min(), std.max()), rel=1e-5)
-
-
-def test_the_latent_has_unit_deviation_and_samples_have_the_residuals_outside(study: Study, tmp_path: Path) -> None:
-    spans = study.spans["train"]
-    predictions = crossfit.Predictions(tmp_path, study)
-    predictions.write([(constant_anchor(study, 0.0), spans)], ALONE)
-    flow = build_flow(study.config, shapes_of(study))
-    crossfit.fit_latent(flow, study, spans, predictions, ALONE)
-    assert crossfit.latent_range(flow, study, spans, ALONE) == pytest.approx((1.0, 1.0), abs=0.05)
-
-    latent = flow.latent
-    assert isinstance(latent, Latent)
-    outside = []
-    for batch in whole_runs(study.shards, spans, []):
-        if batch.subject_mask[0, 0]:
-            x = batch.bold[0, 0].double()
-            basis = latent.basis.double()
-            outside.append(x - x @ basis.T @ basis)
-    wanted = torch.cat(outside).square().mean()
-    noise = torch.randn(4000, latent.residual_std.shape[1], dtype=torch.float64) * latent.residual_std[0]
-    projected = noise - noise @ basis.T @ basis
-    assert float(projected.square().mean() / wanted) == pytest.approx(1.0, abs=0.1)

@@ -62,19 +62,25 @@ def agree(one: list[float], other: list[float]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path, wide_config: Path) -> Path:
     """A folder with all runs: one process is this one, two are one launch."""
     folder = tmp_path_factory.mktemp("worlds")
 
     training = partial(a_training, folder, tiny_shards)
+
+    def wide(name: str) -> dict[str, object]:
+        arguments = ["train", "--config", str(wide_config), "--run", str(folder / name)]
+        return {"arguments": arguments, "zero": None, "stop_at": None}
+
     in_two, resume = "gradient_accumulation_steps=2", ("--resume", *STAGE_1)
-    alone = [training("one"), training("one_in_two", in_two)]
+    alone = [wide("wide_one"), training("one"), training("one_in_two", in_two)]
     alone += [
         training("one_twice", *STAGE_1, stop_at=23),
         training("one_twice", *resume),
         training("one_to_ddp", *STAGE_1, stop_at=23),
     ]
     with_ddp = [
+        wide("wide_ddp"),
         training("ddp"),
         training("ddp_in_two", in_two),
         training("ddp_twice", *STAGE_1, stop_at=23),
@@ -122,6 +128,16 @@ def test_a_run_goes_on_on_another_number_of_processes_and_under_another_launcher
     whole, resumed = (RunDirectory(runs / folder).stage(1) for folder in ("one", name))
     assert len(list((resumed.path / "starts").iterdir())) == 2
     assert agree(losses(whole), losses(resumed))
+
+
+@pytest.mark.slow
+def test_the_latent_of_many_parcels_does_not_depend_on_who_searches_for_it(runs: Path) -> None:
+    stages = [RunDirectory(runs / name).stage(2) for name in ("wide_one", "wide_ddp")]
+    one, two = (checkpoint.load(checkpoint.folder_of(stage.checkpoints, 2)).model for stage in stages)
+    for name in ("mean", "basis", "scale", "residual_std"):
+        assert torch.allclose(one[f"latent.{name}"], two[f"latent.{name}"], rtol=1e-6, atol=1e-6), name
+    assert agree(*(losses(stage) for stage in stages))
+    assert all(stage.finished() for stage in stages)
 
 
 @pytest.mark.slow

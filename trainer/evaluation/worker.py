@@ -113,6 +113,10 @@ class Guarded:
         """As the ranks do."""
         return self.ranks.gather_objects(value)
 
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """As the ranks do."""
+        return self.ranks.sum(values)
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """As the ranks do."""
         return self.ranks.share(items)

@@ -190,23 +190,33 @@ class CovarianceAccumulator:
     def fit(self, latent_dim: int) -> Latent:
         """The latent of the `latent_dim` directions of largest variance.
 
-        The sign of each is fixed (its largest entry is positive), so that the same data give the same latent.
-
         Raises:
             InputError: where latent_dim is larger than the number of parcels, or BOLD does not vary at all.
         """
-        subjects, parcels = self.mean.shape
-        latent = Latent(subjects, parcels, latent_dim)
+        _check_latent_dim(latent_dim, self.mean.shape[1])
         values, vectors = torch.linalg.eigh(self.covariance())
         values, basis = values.flip(0)[:latent_dim], vectors.flip(1)[:, :latent_dim].T
-        if not values[0] > 0:
-            raise InputError("training BOLD", "it does not vary", found=f"{int(self.count.sum())} TRs")
-        largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-        latent.mean.copy_(self.mean)
-        latent.basis.copy_(basis * largest.sign())
-        # a direction in which BOLD never moved (a constant parcel) has no scale; any small one keeps its z near 0
-        latent.scale.copy_(values.clamp(min=1e-10 * values[0].item()).sqrt())
-        return latent
+        return principal_latent(self.mean, values, basis, int(self.count.sum()))
+
+
+def principal_latent(mean: Tensor, values: Tensor, basis: Tensor, n_trs: int) -> Latent:
+    """The latent of principal components: each subject's mean (S, V), variances (d,) descending, directions (d, V).
+
+    The sign of each is fixed (its largest entry is positive), so that the same data give the same latent.
+
+    Raises:
+        InputError: BOLD does not vary at all.
+    """
+    subjects, parcels = mean.shape
+    latent = Latent(subjects, parcels, len(basis))
+    if not values[0] > 0:
+        raise InputError("training BOLD", "it does not vary", found=f"{n_trs} TRs")
+    largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    latent.mean.copy_(mean)
+    latent.basis.copy_(basis * largest.sign())
+    # a direction in which BOLD never moved (a constant parcel) has no scale; any small one keeps its z near 0
+    latent.scale.copy_(values.clamp(min=1e-10 * values[0].item()).sqrt())
+    return latent
 
 
 class FlowMatching(nn.Module):

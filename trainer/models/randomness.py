@@ -25,6 +25,9 @@ FIRST_DROPOUT_SITE = 1000
 _LOW32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads small consecutive integers over 32 bits
 
+_BLOCK = 2**20
+"""Normal numbers that are made at once: each takes some 50 bytes on its way."""
+
 _current_keys: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("dropout_keys", default=None)
 
 
@@ -73,26 +76,30 @@ def uniform(keys: Tensor, site: int, shape: tuple[int, ...] = ()) -> Tensor:
     Returns:
         (N, *shape) float32 on the keys' device; identical on all devices.
     """
-    bits = _bits(keys, site, math.prod(shape))
-    # 23 bits plus a half fit float32's 24 exactly, so neither 0 nor 1 can come out.
-    return ((bits >> 9).to(torch.float32) + 0.5).mul_(2.0**-23).view(keys.shape[0], *shape)
+    return _uniform(keys, site, math.prod(shape)).view(keys.shape[0], *shape)
 
 
 def normal(keys: Tensor, site: int, shape: tuple[int, ...] = ()) -> Tensor:
     """Standard normal numbers by Box and Muller's transform of `uniform`'s.
 
     Elements 2k and 2k + 1 share one pair of uniforms, so the same prefix rule holds. The logarithm and the cosine are
-    taken in float64, so that a last-place difference between devices or vector widths rounds away.
+    taken in float64, so that a last-place difference between devices or vector widths rounds away. Memory beside the
+    result does not grow with it.
 
     Returns:
         (N, *shape) float32.
     """
     size = math.prod(shape)
-    pairs = uniform(keys, site, ((size + 1) // 2, 2)).double()
-    radius = torch.sqrt(-2.0 * torch.log(pairs[..., 0].contiguous()))
-    angle = 2.0 * math.pi * pairs[..., 1].contiguous()
-    both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return both.flatten(1)[:, :size].to(torch.float32).reshape(keys.shape[0], *shape)
+    out = torch.empty(keys.shape[0], size, dtype=torch.float32, device=keys.device)
+    block = max(2, _BLOCK // max(keys.shape[0], 1) // 2 * 2)
+    for start in range(0, size, block):
+        width = min(block, size - start)
+        pairs = _uniform(keys, site, width + width % 2, start).unflatten(1, (-1, 2)).double()
+        radius = torch.sqrt(-2.0 * torch.log(pairs[..., 0].contiguous()))
+        angle = 2.0 * math.pi * pairs[..., 1].contiguous()
+        both = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+        out[:, start : start + width] = both.flatten(1)[:, :width]
+    return out.view(keys.shape[0], *shape)
 
 
 class KeyedDropout(nn.Module):
@@ -142,14 +149,21 @@ def number_sites(model: nn.Module) -> int:
     return len(layers)
 
 
-def _bits(keys: Tensor, site: int, size: int) -> Tensor:
-    """(N, size) int64 in [0, 2^32): the hash of (key, site, index).
+def _uniform(keys: Tensor, site: int, size: int, start: int = 0) -> Tensor:
+    """(N, size) float32: the uniform numbers of indices start, start + 1, ..."""
+    bits = _bits(keys, site, size, start)
+    # 23 bits plus a half fit float32's 24 exactly, so neither 0 nor 1 can come out.
+    return ((bits >> 9).to(torch.float32) + 0.5).mul_(2.0**-23)
+
+
+def _bits(keys: Tensor, site: int, size: int, start: int = 0) -> Tensor:
+    """(N, size) int64 in [0, 2^32): the hash of (key, site, index), for indices start, start + 1, ...
 
     The index is mixed once for all items; the item's two words then move it before the second mix, which makes one
     mix an element.
     """
     low, high = _site_words(keys, site)
-    counter = _mix(torch.arange(size, dtype=torch.int64, device=keys.device))
+    counter = _mix(torch.arange(start, start + size, dtype=torch.int64, device=keys.device))
     return _mix_(((counter ^ high[:, None]) + low[:, None]).bitwise_and_(_LOW32))
 
 

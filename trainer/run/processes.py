@@ -11,6 +11,8 @@ import contextlib
 import os
 import socket
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
@@ -25,6 +27,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.errors import InputError
+from trainer.progress import alive, listening
 from trainer.run.join import join
 from trainer.run.launch import Parent, read_launch
 from trainer.run.signals import Interrupted, StopRequest
@@ -35,6 +38,8 @@ T = TypeVar("T")
 
 GRACE_SECONDS = 30.0
 """How much longer than `timeout_s` torch waits: the watchdog, which knows which rank is missing, speaks first."""
+NEWS_SECONDS = 5.0
+"""How often the main process tells the ranks that wait for it that it is alive."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -83,7 +88,7 @@ class Processes:
         return values
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a small tensor over all ranks, formed in float64 on the CPU, the same bits on every rank.
+        """The sum of a tensor over all ranks, formed in float64 on the CPU, the same bits on every rank.
 
         Returns: a tensor of the shape, dtype and device of `values`; `values` itself for one process.
         """
@@ -107,10 +112,13 @@ class Processes:
         return items[self.rank :: self.world]
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run on the main process while the others wait, for about `timeout_s` at most; every rank gets the value.
+        """Run on the main process while the others wait; every rank gets the value.
 
-        Raises: on every rank, the InputError or OSError of the action. What else it raises is raised on the main
-            process, and a RuntimeError that quotes it on the others: no rank is left waiting.
+        The others wait for about `timeout_s` at most. Where the action is `watched` or says that it is alive, they wait
+        as long as it does, and are alive themselves.
+
+        Raises: on every rank, the InputError, OSError or Interrupted of the action. What else it raises is raised on
+            the main process, and a RuntimeError that quotes it on the others: no rank is left waiting.
         """
         if self.world == 1:
             return action()
@@ -118,16 +126,37 @@ class Processes:
         error: Exception | None = None
         if self.is_main:
             try:
-                value = action()
+                with listening(self._news()):
+                    value = action()
             except Exception as caught:
                 error = caught
-        known = error is None or isinstance(error, InputError | OSError)
-        value, told = self.from_main((value, error if known else RuntimeError(f"the main process failed: {error!r}")))
+        known = error is None or isinstance(error, InputError | OSError | Interrupted)
+        told = error if known else RuntimeError(f"the main process failed: {error!r}")
+        answer = self.from_main((value, told))
+        while answer is None:  # no answer yet, but the main process is alive
+            with contextlib.suppress(OSError):  # a wish to end: the main process still has its answer to give
+                alive()
+            answer = self.from_main(None)
+        value, told = answer
         if error is not None:
             raise error
         if told is not None:
             raise told
         return value
+
+    def _news(self) -> Callable[[], None]:
+        """A listener of the main process that tells the waiting ranks, now and then, that there is no answer yet."""
+        told = time.monotonic()
+        lock = threading.Lock()  # `unbroken` calls listeners from a thread of its own
+
+        def tell() -> None:
+            nonlocal told
+            with lock:
+                if time.monotonic() - told >= NEWS_SECONDS:
+                    self.from_main(None)
+                    told = time.monotonic()
+
+        return tell
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a model computes at the configured precision."""

@@ -12,12 +12,17 @@ AGAIN_SECONDS = 1.0
 
 
 class Interrupted(Exception):
-    """A signal ended the training at a step boundary, after its checkpoint was written."""
+    """A signal ended the training at a step boundary, after its checkpoint was written, or before the first step."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(signum).name} at step {step}; the checkpoint is written")
+        where = f"at step {step}; the checkpoint is written" if step else "before the first step"
+        super().__init__(f"{signal.Signals(signum).name} {where}")
         self.signum = signum
         self.step = step
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # one that ended the main process's work reaches the other ranks through pickle
+        return Interrupted, (self.signum, self.step)
 
 
 class StopRequest:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from trainer.errors import InputError
 from trainer.progress import watched
@@ -41,6 +42,9 @@ class Ranks(Protocol):
     def gather_objects(self, value: Item) -> list[Item]:
         """The values of all ranks in the order of the ranks, on every rank."""
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, the same bits on every rank."""
+
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that this rank is dealt: every world-th from its own number on."""
 
@@ -60,6 +64,10 @@ class OneProcess:
     def gather_objects(self, value: Item) -> list[Item]:
         """Its own value."""
         return [value]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Its own values."""
+        return values
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """All of them."""

@@ -17,7 +17,9 @@ from trainer.data.plan import Span, used_subjects
 from trainer.data.statistics import BoldScaling, bold_statistics
 from trainer.data.study import Study
 from trainer.errors import InputError
-from trainer.training.crossfit import bold_series, folds, without
+from trainer.run.signals import StopRequest
+from trainer.training.crossfit import folds, without
+from trainer.training.latent import Series
 
 FAR = 10.0
 """How many times more or less than a z-score BOLD may vary, or lie away from 0, before it is said."""
@@ -132,7 +134,8 @@ def _check_rank(study: Study, stages: Sequence[int]) -> None:
         return
     config, spans = study.config.stage2, study.spans["train"]
     needs = config.latent_dim if 2 in stages and config.projection == "pca" else 1
-    rank = bold_rank(((subject, bold) for subject, bold, _ in bold_series(study, spans)), study.manifest.parcels, needs)
+    blocks = Series(study, spans, StopRequest()).blocks("rank of the training BOLD")
+    rank = bold_rank(((block.subject, block.bold) for block in blocks), study.manifest.parcels, needs)
     n_trs = int(sum(len(span) * sum(span.subjects) for span in spans))
     if rank == 0:
         raise InputError(

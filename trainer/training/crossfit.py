@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from trainer.data.batches import Batch, whole_runs
+from trainer.data.batches import whole_runs
 from trainer.data.manifest import Manifest
-from trainer.data.plan import Span, used_subjects
+from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
-from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent
 from trainer.scoring.shares import Ranks, in_order, shown
 
 
@@ -139,89 +137,3 @@ class Predictions(Mapping[int, np.ndarray]):
         with aside.open("wb") as file:
             np.save(file, whole)
         aside.replace(self.path(sample))
-
-
-@torch.no_grad()
-def fit_latent(
-    flow: FlowMatching, study: Study, spans: Sequence[Span], predictions: Predictions | None, processes: Ranks
-) -> None:
-    """Fit the latent to the BOLD of `spans`, and what a sample adds outside it to what the anchors left there.
-
-    A sample adds white noise e that is then projected on the complement Q = I - P^T P, where parcel v keeps a share
-    Q_vv of its variance: so the variance of e is that of Q (x - mu), over Q_vv. Without predictions e stays 0. A
-    trainable projection has nothing to fit.
-
-    The main process fits and hands the latent to all, so that it is the same to the bit on all ranks, however many
-    there are. They wait for it: 15 s for 144,000 (subject, TR) pairs of 1000 parcels and 128 dimensions on one core of
-    a Cascade Lake.
-
-    Raises:
-        InputError: on every rank, where BOLD does not vary, or a shard cannot be read.
-    """
-    latent = flow.latent
-    if isinstance(latent, Latent):
-        latent.load_state_dict(processes.first(lambda: _fitted(flow, latent, study, spans, predictions)))
-
-
-def _fitted(
-    flow: FlowMatching, latent: Latent, study: Study, spans: Sequence[Span], predictions: Predictions | None
-) -> dict[str, Tensor]:
-    """Fit the latent of `flow` here; its buffers, on the CPU."""
-    covariance = CovarianceAccumulator(*latent.mean.shape)
-    for subject, bold, _ in bold_series(study, spans):
-        covariance.update(bold, subject)
-    flow.fit_latent(covariance)
-    if predictions is not None:
-        latent.residual_std.copy_(_residual_std(latent.basis.double().cpu(), study, spans, predictions))
-    latent.stand_in(torch.tensor(used_subjects(spans), device=latent.mean.device))
-    return {name: buffer.cpu() for name, buffer in latent.state_dict().items()}
-
-
-def _residual_std(basis: Tensor, study: Study, spans: Sequence[Span], predictions: Predictions) -> Tensor:
-    """(S, V) standard deviation of e, outside the subspace of `basis` (d, V) float64."""
-    subjects, parcels = len(study.manifest.subjects), study.manifest.parcels
-    squares, count = torch.zeros(subjects, parcels, dtype=torch.float64), torch.zeros(subjects, 1, dtype=torch.float64)
-    for subject, bold, mu in bold_series(study, spans, predictions):
-        assert mu is not None
-        left = (bold - mu).double()
-        outside = left - (left @ basis.T) @ basis
-        squares[subject] += outside.square().sum(0)
-        count[subject] += len(outside)
-    share = 1.0 - basis.square().sum(0)
-    variance = squares / count.clamp(min=1) / share.clamp(min=1e-6)
-    return torch.where(share > 1e-6, variance, 0.0).sqrt()
-
-
-@torch.no_grad()
-def latent_range(flow: FlowMatching, study: Study, spans: Sequence[Span], processes: Ranks) -> tuple[float, float]:
-    """Least and largest standard deviation, over dimensions, of the latents of the BOLD of `spans`, on every rank.
-
-    Taken around each run's and subject's own mean, and pooled: 1 for a fresh principal component. The ranks share the
-    runs.
-    """
-
-    def square_share() -> list[tuple[Tensor, int]]:
-        batches = whole_runs(study.shards, spans, [], study.scaling, rank=processes.rank, world=processes.world)
-        return [_latent_squares(flow, batch.to(processes.device)) for batch in batches]
-
-    runs = in_order(processes, square_share)
-    squares = torch.stack([squares for squares, _ in runs]).sum(0)
-    std = (squares / sum(count for _, count in runs)).sqrt()
-    return float(std.min()), float(std.max())
-
-
-def _latent_squares(flow: FlowMatching, batch: Batch) -> tuple[Tensor, int]:
-    """The latents of one run: sum of their squares around each subject's mean, (d,) float64, and their number."""
-    subject = batch.subject_mask[0].nonzero()[:, 0]
-    z = flow.latent.encode(batch.bold[0, subject], subject).double().cpu()
-    return (z - z.mean(1, keepdim=True)).square().sum((0, 1)), z.shape[0] * z.shape[1]
-
-
-def bold_series(
-    study: Study, spans: Sequence[Span], predictions: Predictions | None = None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """(subject, BOLD (T, V), predictions (T, V) or None) of every span and subject that has BOLD."""
-    for batch in whole_runs(study.shards, spans, [], study.scaling, anchor=predictions):
-        for subject in batch.subject_mask[0].nonzero()[:, 0].tolist():
-            mu = None if batch.anchor is None else batch.anchor[0, subject]
-            yield subject, batch.bold[0, subject], mu

@@ -19,7 +19,7 @@ from trainer.data.statistics import feature_statistics, starting_level
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor, anchor_loss
 from trainer.models.build import build_anchor, build_flow
-from trainer.models.flow import FlowMatching
+from trainer.models.flow import FlowMatching, Latent
 from trainer.models.randomness import keyed, make_keys
 from trainer.progress import say
 from trainer.run import checkpoint
@@ -39,7 +39,7 @@ from trainer.scoring.predictor import (
 from trainer.scoring.records import lines, printed, write_scores
 from trainer.scoring.score import untrained_facts
 from trainer.scoring.sets import SetScores, score_set
-from trainer.training import crossfit
+from trainer.training import crossfit, latent
 from trainer.training.checks import told_of_features
 from trainer.training.loop import Phase, Training, Watch
 
@@ -144,7 +144,7 @@ def flow_phase(
     flow = build_flow(config, shapes_of(job.study)).to(device)
     flow.set_trained(used_subjects(spans))
     if job.processes.first(lambda: checkpoint.newest_whole(directory.checkpoints, lambda _: None) is None):
-        crossfit.fit_latent(flow, job.study, spans, predictions, job.processes)
+        latent.fit_latent(flow, job.study, spans, predictions, job.processes, job.stop)
     title = "Stage 2 refit" if refit else "Stage 2"
     objective = FlowObjective(flow, config.seed)
     phase = _phase(job, directory, flow, objective, spans, config.stage2, title, config.seed, steps, anchor=predictions)
@@ -247,9 +247,14 @@ def _phase(
 def _validate_with(job: Job, phase: Phase, stage: int, predictor: Predictor, flow: FlowMatching | None = None) -> None:
     """Let the phase score its validation set, in its own loop, with the weights as they are."""
 
+    latent_std: list[float] | None = None
+
     def validate(step: int) -> float:
+        nonlocal latent_std
         scores = score_set(predictor, job.study, phase.val_set_name, job.processes)
-        latent_std = None if flow is None else _latent_range(job, flow, phase)
+        # principal components are frozen: one look at all of the training BOLD is enough
+        if flow is not None and (latent_std is None or not isinstance(flow.latent, Latent)):
+            latent_std = _latent_range(job, flow, phase)
         value = job.processes.first(lambda: _write_validation(job, phase, stage, step, scores, latent_std))
         return -math.inf if value is None else value
 
@@ -277,7 +282,7 @@ def _write_validation(
 
 def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
     """Least and largest standard deviation of the latents of the training BOLD; warns where they leave [0.5, 2]."""
-    low, high = crossfit.latent_range(flow, job.study, job.study.spans["train"], job.processes)
+    low, high = latent.latent_range(flow, job.study, job.study.spans["train"], job.processes)
     if job.processes.is_main and (low < 0.5 or high > 2.0):
         print(
             f"warning: {phase.title}: standard deviations of the latents lie between {low:.2f} and {high:.2f}, "
