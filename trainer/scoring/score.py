@@ -71,6 +71,7 @@ def score_checkpoint(
         baselines = fit_baselines(directory, predictor, study, processes)
     for set_name in sets:
         facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": False}
+        facts["data"] = study.digest(set_name)
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
             scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name, groups))

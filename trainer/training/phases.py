@@ -27,6 +27,7 @@ from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import Processes
 from trainer.run.signals import StopRequest
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import copy_record
 from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Items, Predictor, load_anchor, shapes_of
 from trainer.scoring.records import lines, printed, write_scores
 from trainer.scoring.sets import SetScores, score_set
@@ -117,7 +118,7 @@ def flow_phase(
     """The phase that trains the flow around the anchor of `stage1` at `step`."""
     config, device = job.config, job.processes.device
     spans = job.study.training_spans(refit=refit)
-    job.processes.first(lambda: _copy_anchor(checkpoint.folder_of(stage1.checkpoints, step), directory.anchor))
+    job.processes.first(lambda: _copy_anchor(job.run.stage(1), stage1, step, directory.anchor))
     anchor = load_anchor(directory.anchor, job.study, device)
     predictions = _unseen_predictions(job, directory, anchor, job.study.anchor_spans(refit=refit), step, watch)
 
@@ -136,10 +137,14 @@ def flow_phase(
     return phase
 
 
-def _copy_anchor(source: Path, target: Path) -> None:
-    """Once and for all: a stage 2 that goes on keeps the anchor that it started with."""
+def _copy_anchor(stage: StageDirectory, part: StageDirectory, step: int, target: Path) -> None:
+    """Once and for all: a stage 2 that goes on keeps the anchor that it started with.
+
+    `part` is where the checkpoint lies: the stage itself, or its refit.
+    """
     if not (target / "meta.json").exists():
-        checkpoint.copy_weights(source, target)
+        copy_record(stage, target)
+        checkpoint.copy_weights(checkpoint.folder_of(part.checkpoints, step), target)
 
 
 def _unseen_predictions(
@@ -216,7 +221,7 @@ def _phase(
         optimisation=optimisation,
         facts={
             "shapes": shapes_of(study).as_json(),
-            "shards": checkpoint.sha256(study.manifest.folder / "manifest.json"),
+            "shards": study.manifest.digest,
             "steps_per_epoch": plan.steps_per_epoch,
         },
         val_set_name=job.config.val_set_name,
@@ -241,6 +246,7 @@ def _write_validation(
     """Write and print a validation; returns its quality, None where it is not a number."""
     epoch = step // phase.steps_per_epoch
     facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
+    facts["data"] = job.study.digest(phase.val_set_name)
     written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
     logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
     if latent_std is not None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from trainer.config import Config, differing_keys, load_config
+from trainer.data.identity import Known
+from trainer.data.overlap import shared_stimuli
 from trainer.data.plan import micro_batches
 from trainer.data.study import Study
 from trainer.errors import InputError
@@ -26,6 +28,7 @@ from trainer.run.heartbeat import Heartbeat
 from trainer.run.jobs import other_code
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import known_data, warn, write_record
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
 from trainer.training.loop import Phase, Training, Watch
@@ -41,11 +44,11 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         Interrupted: a signal ended the training after a checkpoint.
     """
     check_tracker(config.tracker)
-    study = Study(config)
+    run = RunDirectory(path)
+    study = Study(config, _known(run, stages, resume=resume), trains=True)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
         build_flow(config.stage2, shapes_of(study))
-    run = RunDirectory(path)
     if 1 not in stages:
         study.stand_on(stage1_config(config, run))
     processes = make_processes(
@@ -55,6 +58,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     processes.first(lambda: _claim(config, run, stages, resume=resume, overwrite=overwrite))
     where = study.reside(processes.device)
     if processes.is_main:
+        warn([*study.warnings, *shared_stimuli(study)])
         say(where)
         for name in study.without_bold():
             say(f"datasets.{name}: no run has BOLD, so it is not scored; `predict --set {name}` predicts it")
@@ -63,6 +67,12 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         for number in stages:
             _train_stage(job, number)
     return run if processes.is_main else None
+
+
+def _known(run: RunDirectory, stages: Sequence[int], *, resume: bool) -> list[Known]:
+    """The data of the stages that a training goes on with, or stands on; those that it starts anew do not count."""
+    kept = [number for number in range(1, max(stages) + 1) if resume or number not in stages]
+    return [known for number in kept for known in known_data(run.stage(number))]
 
 
 def _claim(config: Config, run: RunDirectory, stages: Sequence[int], *, resume: bool, overwrite: bool) -> None:
@@ -89,6 +99,7 @@ def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
     """Write down who starts, with which code and configuration; returns the number of the start."""
     facts = {"world": job.processes.world, "launcher": job.processes.launcher, "hosts": hosts}
     start = directory.begin(job.config.to_yaml(), **facts)
+    write_record(directory, job.study.record())
     warning = other_code(job.run.path)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
