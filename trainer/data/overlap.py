@@ -25,8 +25,13 @@ def shared_stimuli(study: Study) -> list[str]:
     names = ["train", study.config.val_set_name]
     others = [name for name in study.spans if name not in names]
     pairs = [("train", names[1]), *((name, other) for name in names for other in others)]
-    found = ((name, other, shared(study.manifest, study.spans[name], study.spans[other])) for name, other in pairs)
-    return [_sentence(name, other, runs) for name, other, runs in found if runs]
+    sentences = []
+    for name, other in pairs:
+        runs = shared(study.manifest, study.spans[name], study.spans[other])
+        runs = [(one, two) for one, two in runs if one != two or name == "train"]
+        if runs:
+            sentences.append(_sentence(name, other, runs))
+    return sentences
 
 
 def _sentence(name: str, other: str, runs: Sequence[tuple[str, str]]) -> str:

@@ -33,6 +33,7 @@ class Study:
         unseen: set name -> the spans of runs without BOLD, which can be predicted only.
         streams: the streams of `include_features`, in that order.
         warnings: what the user should know of the data, a sentence each.
+        is_certain: the data of the stages that are `known` are known to be in the shards.
 
     Args:
         known: what the stages that the study is opened for have used, those that they stand on included. The first
@@ -53,6 +54,7 @@ class Study:
         self.shards = Shards(folder, verify=data.verify, subjects=subjects)
         compared = [check(each, self.manifest, data.shards, trains=trains) for each in known]
         self.warnings = [warning for warning in compared if warning is not None]
+        self.is_certain = not self.warnings
         self.source: Shards | HostCopy | DeviceCopy = self.shards
         self.streams: list[Stream] = [self.manifest.stream(name) for name in config.include_features]
         self.spans: dict[str, list[Span]] = {}

@@ -75,6 +75,8 @@ def unseen(directory: StageDirectory, study: Study) -> Unseen | None:
     stored = StoredPredictions(directory.anchor / "predictions", study.manifest, study.streams)
     if study.config.stage2.cross_fit and len(stored):
         spans = study.training_spans(refit=refit)
+        if not study.is_certain:  # what has been added since the training cannot be told from what it used
+            spans = [span for span in spans if span.sample in set(stored)]
         for span in spans:
             stored[span.sample]  # raises where it is missing, before any time is spent
         return Unseen("training TRs, predicted by anchors of other folds", spans, stored)
