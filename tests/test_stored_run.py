@@ -11,6 +11,7 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from runpy import run_path
 
 import h5py
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from safetensors.numpy import load_file
 
 import trainer
+from tools import make_shards
 from trainer.cli import main
+from trainer.data.manifest import Manifest
 from trainer.data.shards import Shards
 
 HERE = Path(__file__).parent / "data" / "c345edc"
@@ -115,6 +118,16 @@ def assert_same_scores(found: Path, expected: Path, exact: bool) -> None:
                     assert a[key] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{ours}: {key}"
                 else:
                     assert a[key] == value, f"{ours}: {key}"
+
+
+def test_shards_built_again_from_the_same_files_are_those_of_the_stored_run(stored: Path, tmp_path: Path) -> None:
+    run_path(str(HERE / "source.py"))["main"](tmp_path / "src")
+    arguments = ["--layout", str(HERE / "layout.yaml"), "--root", str(tmp_path / "src"), "--out", str(tmp_path / "new")]
+    assert make_shards.main(arguments) == 0
+    new, old = Manifest.read(tmp_path / "new"), Manifest.read(stored / "shards")
+    assert old.digest in new.digests and old.digest != new.digest
+    for path in (stored / "run").glob("stage*/checkpoints/*/meta.json"):
+        assert json.loads(path.read_text())["shards"] in new.digests
 
 
 STEPS = [("stage1", 16), ("stage1/refit", 16), ("stage2", 8), ("stage2", 16), ("stage2/refit", 8)]

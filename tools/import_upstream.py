@@ -20,12 +20,14 @@ from typing import Any
 from torch import Tensor
 
 from trainer.config import Config, load_config
+from trainer.data.identity import record_of
 from trainer.data.study import Study
 from trainer.errors import InputError, exit_on_input_error
 from trainer.models.anchor import Anchor
 from trainer.models.upstream import anchor_from_upstream, read_published
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory
+from trainer.scoring.known import write_record
 from trainer.scoring.predictor import shapes_of
 
 # options of stage1.model that are called the same on both sides
@@ -55,11 +57,8 @@ def import_checkpoint(path: Path, config: Config, run: RunDirectory) -> None:
     stage1 = config.stage1.model_copy(update={"standardise_features": False})
     directory = run.stage(1)
     directory.begin(config.model_copy(update={"stage1": stage1}).to_yaml(), imported=checkpoint.sha256(path))
-    facts = {
-        "shapes": shapes_of(study).as_json(),
-        "shards": checkpoint.sha256(study.manifest.folder / "manifest.json"),
-        "steps_per_epoch": 1,
-    }
+    write_record(directory, record_of(study.manifest, study.streams, {}))  # nobody knows which runs it has learnt from
+    facts = {"shapes": shapes_of(study).as_json(), "steps_per_epoch": 1}
     checkpoint.save(directory.checkpoints, STEP, checkpoint.Checkpoint(anchor.state_dict(), {}, facts))
     directory.write_finished(step=STEP)
 

@@ -29,6 +29,7 @@ from trainer.models.anchor import Anchor
 from trainer.models.build import build_anchor, build_flow
 from trainer.models.flow import FlowMatching
 from trainer.run.directory import RunDirectory
+from trainer.scoring.known import known_data, warn
 from trainer.scoring.metrics import PearsonR
 from trainer.scoring.predictor import Items, load_anchor, shapes_of
 from trainer.scoring.shares import OneProcess
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train on one batch; 0 if the loss fell below the threshold, 1 if not."""
     arguments = _arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
-    study = Study(config)
+    study = Study(config, known_data(RunDirectory(arguments.run).stage(2)) if arguments.run else ())
+    warn(study.warnings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = one_batch(study, arguments.subject_idx, arguments.run, device).to(device)
     torch.manual_seed(config.seed)

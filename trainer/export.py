@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from torch import Tensor
 
 from trainer import __version__
 from trainer.config import Config, DataConfig
+from trainer.data.identity import is_certain
 from trainer.data.manifest import Manifest
 from trainer.encoder import CONFIG, FORMAT, WEIGHTS
 from trainer.errors import InputError
 from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.chosen import Chosen, chosen_checkpoint
-from trainer.run.directory import RunDirectory
+from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import new_whole, write_json, write_whole
+from trainer.scoring.known import known_data
 from trainer.scoring.predictor import TRAINED
 
 TAGS = ("fmri", "brain-encoding", "neuroscience", "flow-matching")
@@ -46,7 +49,7 @@ def export(run: RunDirectory, out: Path, stage: int | None = None) -> None:
             "version": __version__,
             "stage": chosen.stage,
             "step": chosen.step,
-            **_data_facts(chosen.config),
+            **_data_facts(run.stage(chosen.stage), chosen.config),
             "shapes": shapes,
             **trained,
             "config": _without_paths(chosen.config).model_dump(mode="json"),
@@ -66,17 +69,23 @@ def _weights(chosen: Chosen) -> tuple[dict[str, Tensor], dict[str, Any], dict[st
     if chosen.stage == 1:
         return {f"anchor.{name}": tensor for name, tensor in found.model.items()}, shapes, trained
     anchor = checkpoint.load(chosen.directory.anchor, weights_only=True)
+    if anchor.meta["shapes"] != found.meta["shapes"]:
+        fix = "Train stage 2 anew around the anchor that belongs to it."
+        raise InputError(chosen.directory.anchor, "is the anchor of other streams, subjects or parcels", fix=fix)
     weights = {f"anchor.{name}": tensor for name, tensor in anchor.model.items()}
     return {**weights, **{f"flow.{name}": tensor for name, tensor in found.model.items()}}, shapes, trained
 
 
-def _data_facts(config: Config) -> dict[str, Any]:
-    """Name and TR of the data, where the shards still lie where they lay."""
-    try:
-        manifest = Manifest.read(config.data.shards)
-    except InputError:
-        return {}
-    return {"data": manifest.name, "tr": manifest.tr}
+def _data_facts(stage: StageDirectory, config: Config) -> dict[str, Any]:
+    """Name and TR of the data that the stage was trained on; without a record, where its shards still lie."""
+    for known in known_data(stage)[:1]:
+        if known.record.name:
+            return {"data": known.record.name, "tr": known.record.tr}
+        with contextlib.suppress(InputError):
+            manifest = Manifest.read(config.data.shards)
+            if is_certain(known.record, manifest):
+                return {"data": manifest.name, "tr": manifest.tr}
+    return {}
 
 
 def _without_paths(config: Config) -> Config:

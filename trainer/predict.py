@@ -24,6 +24,7 @@ from trainer.run.chosen import Chosen, chosen_checkpoint
 from trainer.run.directory import RunDirectory
 from trainer.run.files import new_whole
 from trainer.run.processes import use_tf32
+from trainer.scoring.known import open_study, warn
 from trainer.scoring.predictor import Predictor, estimated, load_predictor
 from trainer.submission import wanted_predictions, write_submission
 
@@ -75,7 +76,8 @@ def predict(
             exists.
     """
     chosen = chosen_checkpoint(run, stage, overrides)
-    study = Study(chosen.config)
+    study = open_study(run.stage(chosen.stage), chosen.config)
+    warn(study.warnings)
     spans = spans_to_predict(study, request.set_name)
     if request.samples and chosen.stage == 1:
         raise InputError("--estimate", "stage 1 has a mean and no samples", found="sample", expected="mean")

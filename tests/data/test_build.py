@@ -118,6 +118,10 @@ def test_several_tars_hold_the_same_as_one(invented: Invented, tmp_path: Path, m
     assert len(shards.manifest.shards) == 4
     assert [s.shard for s in shards.manifest.samples] == [0, 1, 2, 3]
     np.testing.assert_array_equal(shards.read(3, "bold", 0, 20)[2], invented.bold["beta_1", 2, "3"][:20])
+    monkeypatch.undo()
+    assert main(invented.arguments(tmp_path / "one")) == 0
+    for many, one in zip(shards.manifest.samples, Shards(tmp_path / "one").manifest.samples, strict=True):
+        assert {n: place.hashes for n, place in many.arrays.items()} == {n: p.hashes for n, p in one.arrays.items()}
 
 
 def test_overwrite_replaces_shards_once_the_new_ones_are_whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.manifest import MANIFEST, STATISTICS, Manifest, Moments
+from trainer.data.manifest import BOLD, MANIFEST, STATISTICS, Manifest, Moments, content_hashes
 from trainer.data.shards import Shards
 from trainer.errors import InputError
 
@@ -122,3 +123,55 @@ def test_spoilt_manifest_is_noticed_at_load(
 def test_unknown_stream_lists_those_that_exist(invented_shards: Shards) -> None:
     with pytest.raises(InputError, match=r"no stream whisper/norm: found text\.v2/emb, video/deep, audio/mono"):
         invented_shards.manifest.stream("whisper/norm")
+
+
+def test_hashes_are_of_the_stored_bytes_of_each_stream_and_each_subjects_bold(invented_shards: Shards) -> None:
+    manifest = invented_shards.manifest
+    for i, sample in enumerate(manifest.samples):
+        for name, place in sample.arrays.items():
+            stored = invented_shards.read(i, name, 0, sample.n_trs)
+            parts = list(stored) if name == BOLD else [stored]
+            assert place.hashes == tuple(hashlib.sha256(part.tobytes()).hexdigest()[:32] for part in parts)
+            assert place.hashes == content_hashes(name, stored)
+    twice = [sample for sample in manifest.samples if sample.run == "beta_1"]
+    assert twice[0].arrays["audio/mono"].hashes == twice[1].arrays["audio/mono"].hashes
+    assert not set(twice[0].arrays[BOLD].hashes) & set(twice[1].arrays[BOLD].hashes)
+
+
+def test_shards_from_before_there_were_hashes_load_and_are_known_as_the_same(
+    invented_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(invented_folder, tmp_path / "old")
+    manifest = Manifest.load(invented_folder)
+    content = json.loads((invented_folder / MANIFEST).read_text())
+    for sample in content["samples"]:
+        for place in sample["arrays"].values():
+            del place["hashes"]
+    del content["sha256"], content["format"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({"format": 1, "sha256": digest, **content}, indent=1) + "\n"
+    (tmp_path / "old" / MANIFEST).write_text(text)
+    old = Manifest.load(tmp_path / "old")
+    assert not any(place.hashes for sample in old.samples for place in sample.arrays.values())
+    assert old.digest == hashlib.sha256(text.encode()).hexdigest()
+    assert old.digests == {old.digest} and manifest.digests == {manifest.digest, old.digest}
+    assert manifest.with_subjects(["b"]).digests == manifest.digests
+    old.save(tmp_path / "old")
+    assert (tmp_path / "old" / MANIFEST).read_text() == text
+
+
+@pytest.mark.parametrize("axis", [["a", "b", "3"], ["3", "a"], ["b"], ["x", "3", "y", "b"]])
+def test_statistics_of_bold_follow_the_subject_axis(invented_shards: Shards, axis: list[str]) -> None:
+    manifest = invented_shards.manifest
+    stored, found = manifest.moments(BOLD), manifest.with_subjects(axis).moments(BOLD)
+    for column, label in enumerate(axis):
+        for field in ("count", "mean", "m2"):
+            ours = getattr(found, field)[:, column]
+            if label in manifest.subjects:
+                np.testing.assert_array_equal(ours, getattr(stored, field)[:, manifest.subjects.index(label)])
+            else:
+                assert not ours.any()
+    assert (
+        manifest.with_subjects(axis).with_subjects(manifest.subjects).moments(BOLD).mean.tolist()
+        == stored.mean.tolist()
+    )

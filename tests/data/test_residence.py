@@ -29,7 +29,9 @@ from trainer.config import Filter
 from trainer.data import sharing
 from trainer.data.batches import Batch
 from trainer.data.loader import Reading, training_batches
+from trainer.data.manifest import BOLD
 from trainer.data.plan import Plan, Span, select
+from trainer.data.predictions import StoredPredictions
 from trainer.data.residence import DeviceCopy, HostCopy, choose, extents, free_memory, reside, size_of
 from trainer.data.shards import Shards
 from trainer.data.sharing import SharedMemory, is_shared
@@ -113,6 +115,45 @@ def test_a_device_scales_each_subject_by_its_own_though_one_before_it_is_absent(
     assert all(
         map(equal, training_batches(copy, plan, reading, stop=4), training_batches(shards, plan, reading, stop=4))
     )
+
+
+def test_predictions_that_are_missing_raise_wherever_the_data_stand(invented_shards: Shards, tmp_path: Path) -> None:
+    manifest = invented_shards.manifest
+    spans = select(manifest, Filter())
+    for sample, values in anchors_of(invented_shards, spans[:-1]).items():
+        np.save(tmp_path / f"{manifest.samples[sample].key}.npy", values)
+    anchor = StoredPredictions(tmp_path, manifest, manifest.streams)
+    scaling = BoldScaling("none")
+    needed = extents(spans, manifest, 0)
+    plan, reading = Plan(spans, 1, 12, 16, 4), Reading([], scaling, anchor=anchor)
+    missing = f"{manifest.samples[spans[-1].sample].key}.npy: missing"
+    for source in (
+        invented_shards,
+        HostCopy(invented_shards, needed, []),
+        DeviceCopy(invented_shards, needed, [], scaling, CPU),
+    ):
+        with pytest.raises(InputError, match=missing):
+            list(training_batches(source, plan, reading, stop=4))
+
+
+@pytest.mark.parametrize("axis", [["3", "a"], ["x", "b"]])
+def test_copies_are_on_the_subject_axis_of_the_model(invented_folder: Path, axis: list[str]) -> None:
+    shards = Shards(invented_folder, subjects=axis)
+    spans = select(shards.manifest, Filter())
+    scaling = BoldScaling.fit("subject", shards, spans)
+    streams, needed = shards.manifest.streams, extents(spans, shards.manifest, 0)
+    plan, reading = Plan(spans, 1, 12, 16, 4), Reading(streams, scaling)
+    disk = list(training_batches(shards, plan, reading, stop=4))
+    for copy in (HostCopy(shards, needed, streams), DeviceCopy(shards, needed, streams, scaling, CPU)):
+        assert all(map(equal, training_batches(copy, plan, reading, stop=4), disk))
+    whole = Shards(invented_folder)
+    window = plan.batch(0, 0)[0]
+    label = axis[1]
+    row = whole.manifest.samples[window.sample].subjects.index(label)
+    bold = whole.read(window.sample, BOLD, window.start, window.stop, row=row)
+    scale = BoldScaling.fit("subject", whole, select(whole.manifest, Filter()))
+    scale.apply(bold, window.sample, whole.manifest.subjects.index(label))
+    np.testing.assert_array_equal(disk[0].bold[0, 1, : len(bold)].numpy(), bold)
 
 
 def test_a_copy_on_the_host_serves_workers_and_reads_the_rest_from_disk(invented_shards: Shards) -> None:

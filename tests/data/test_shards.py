@@ -172,6 +172,25 @@ def test_tar_cut_short_or_removed_while_open_is_an_error(invented_folder: Path, 
         late.read(0, "bold", 0, 3)
 
 
+def test_a_tar_that_is_replaced_by_another_build_is_never_read_at_the_addresses_of_the_old(
+    invented: Invented, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    assert main(invented.arguments(out)) == 0
+    shards = Shards(out)
+    assert not shards.are_replaced()
+    (out / "manifest.json").write_bytes((out / "manifest.json").read_bytes())
+    assert not shards.are_replaced()
+    with h5py.File(invented.bold_file("a"), "a") as file:
+        for day in file.values():
+            for values in day.values():
+                values[...] = values[...] + 1
+    assert main(invented.arguments(out, "--overwrite")) == 0
+    assert shards.are_replaced()
+    with pytest.raises(InputError, match="was replaced while it was in use"):
+        shards.read(0, "bold", 0, 3)
+
+
 def test_song8_is_stored_as_it_was(shared: Path, tmp_path: Path) -> None:
     root = shared / "data/song8"
     layout = str(CONFIGS / "song8.yaml")

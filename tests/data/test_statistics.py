@@ -56,7 +56,7 @@ def test_columns_are_named_by_stream_even_where_a_stream_has_a_colon() -> None:
     assert columns_of(Stream("a:b/c", 1, 4, "float32"), keep) == [3]
     assert columns_of(Stream("a/b", 1, 20, "float32"), keep) == [1, 10]
     assert columns_of(Stream("b", 1, 4, "float32"), keep) == []
-    assert columns_of(Stream("b", 1, 4, "float32"), "all") == "all"
+    assert columns_of(Stream("b", 1, 4, "float32"), None) is None
 
 
 def test_statistics_without_a_faint_column_are_those_before_the_rule(invented_shards: Shards) -> None:
@@ -68,7 +68,7 @@ def test_statistics_without_a_faint_column_are_those_before_the_rule(invented_sh
     ):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
     for mode in ("run", "subject"):
-        old_scale, new_scale = (BoldScaling.fit(mode, invented_shards, spans, k).scale for k in ("all", []))  # type: ignore[arg-type]
+        old_scale, new_scale = (BoldScaling.fit(mode, invented_shards, spans, k).scale for k in (None, []))
         assert old_scale is not None and new_scale is not None
         there = invented_shards.manifest.moments(BOLD).count > 0
         kept = there if mode == "run" else there.any(0)

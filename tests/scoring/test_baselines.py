@@ -14,6 +14,7 @@ from tests.scoring.conftest import make_anchor, make_study
 from tests.scoring.test_score import ALONE
 from trainer.data.batches import whole_runs
 from trainer.data.study import Study
+from trainer.errors import InputError
 from trainer.run.directory import StageDirectory
 from trainer.scoring import baselines
 from trainer.scoring.baselines import ResidualModel, fit, fit_residuals, shrunk_correlation, unseen
@@ -111,11 +112,11 @@ def stage(tmp_path: Path) -> StageDirectory:
     return StageDirectory(tmp_path / "run" / "stage2")
 
 
-def store(stage: StageDirectory, study: Study) -> None:
-    """Predictions of the training runs, of which one is BOLD + 2 and the others are BOLD + 1."""
+def store(stage: StageDirectory, study: Study, *sets: str) -> None:
+    """Predictions of the runs of some sets (train), of which one is BOLD + 2 and the others are BOLD + 1."""
     folder = stage.anchor / "predictions"
     folder.mkdir(parents=True)
-    for span in study.spans["train"]:
+    for span in (span for name in sets or ("train",) for span in study.spans[name]):
         whole = replace(span, start=0, stop=study.manifest.samples[span.sample].n_trs)
         (batch,) = whole_runs(study.shards, [whole], [])
         shift = 2.0 if span == study.spans["train"][0] else 1.0
@@ -131,6 +132,13 @@ def test_cross_fitted_predictions_are_what_the_anchor_has_not_seen(study: Study,
     assert [len(run) for run in runs] == [len(span) for span in study.spans["train"] if span.subjects[2]]
     np.testing.assert_allclose(runs[0], -2.0, atol=1e-5)
     np.testing.assert_allclose(np.concatenate(runs[1:]), -1.0, atol=1e-5)
+
+
+def test_none_of_the_cross_fitted_predictions_may_be_missing(study: Study, stage: StageDirectory) -> None:
+    store(stage, study)
+    next((stage.anchor / "predictions").iterdir()).unlink()
+    with pytest.raises(InputError, match="npy: missing"):
+        unseen(stage, study)
 
 
 def test_no_more_trs_are_taken_than_a_fit_needs(
@@ -172,7 +180,7 @@ def test_an_imported_run_has_the_validation_set_and_a_refit_without_folds_has_no
 ) -> None:
     assert "first half" in unseen(stage, study).where  # type: ignore[union-attr]
     assert unseen(stage.refit, study) is None
-    store(stage.refit, study)
+    store(stage.refit, study, "train", "val")
     found = unseen(stage.refit, study)
     assert found is not None
     assert found.spans[0] in study.spans["train"]

@@ -21,7 +21,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,7 @@ class Scores:
         name: of its folder.
         config: None where nothing of it has begun.
         r: (stage, set) -> Pearson's r of the chosen checkpoint's mean, or of the best so far where the stage runs.
+        files: (stage, set) -> all that the score file says.
         ended: the stages that have finished.
     """
 
@@ -202,21 +203,33 @@ class Scores:
     config: Config | None
     r: Mapping[tuple[int, str], float | None]
     ended: frozenset[int] = frozenset()
+    files: Mapping[tuple[int, str], Mapping[str, Any]] = field(default_factory=dict)
 
 
 def table(runs: Sequence[Path], target: Path | None = None) -> str:
     """The scores of runs as aligned lines; also as a file of comma-separated values, where `target` says so.
 
     A star marks the best r of a stage on the validation set alone: to choose by another set is to look at the test.
+    Below stands which scores were taken on other BOLD than those above them.
     """
-    rows = list(rows_of([read_scores(run) for run in runs]))
+    found = [read_scores(run) for run in runs]
+    rows = list(rows_of(found))
     if target is not None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         write_whole(target, text.getvalue())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    return "\n".join([*("  ".join(row).rstrip() for row in padded), *_not_comparable(found)])
+
+
+def _not_comparable(found: Sequence[Scores]) -> Iterator[str]:
+    """A sentence for each two runs one below the other that were scored on other BOLD of a set."""
+    from trainer.evaluation.same_data import notes_between  # imports torch
+
+    for stage, name in dict.fromkeys(column for scores in found for column in scores.files):
+        files = {scores.name: scores.files[stage, name] for scores in found if (stage, name) in scores.files}
+        yield from notes_between(f"r{stage} {name}", files)
 
 
 def read_scores(run: Path) -> Scores:
@@ -224,17 +237,18 @@ def read_scores(run: Path) -> Scores:
     stages = {number: RunDirectory(run).stage(number) for number in (1, 2)}
     begun = [number for number, stage in stages.items() if stage.config.exists()]
     config = load_stored(stages[max(begun)].config) if begun else None
-    r = {(n, name): value for n in begun if config for name, value in _chosen(stages[n], config).items()}
-    return Scores(run.name, config, r, frozenset(n for n in begun if stages[n].finished() is not None))
+    files = {(n, name): score for n in begun if config for name, score in _chosen(stages[n], config).items()}
+    r = {column: score["pearson_r"] for column, score in files.items()}
+    return Scores(run.name, config, r, frozenset(n for n in begun if stages[n].finished() is not None), files)
 
 
-def _chosen(stage: StageDirectory, config: Config) -> dict[str, float | None]:
-    """Set -> r of the chosen step; what was trained again for so many steps takes the place of what chose them."""
+def _chosen(stage: StageDirectory, config: Config) -> dict[str, dict[str, Any]]:
+    """Set -> score of the chosen step; what was trained again for so many steps takes the place of what chose them."""
     scores = list(stage.read_scores())
     finished = stage.finished()
     step = finished["step"] if finished else checkpoint.best_step(scores, config.val_set_name)
     means = [score for score in (*scores, *stage.refit.read_scores()) if score["estimate"] == "mean"]
-    return {score["set"]: score["pearson_r"] for score in means if score["step"] == step}
+    return {score["set"]: score for score in means if score["step"] == step}
 
 
 def rows_of(found: Sequence[Scores]) -> Iterator[list[str]]:

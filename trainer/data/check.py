@@ -27,6 +27,7 @@ from trainer.data.manifest import (
     Sample,
     array_moments,
     check_file,
+    content_hashes,
 )  # fmt: skip
 from trainer.data.shards import extension, read_npy_header
 from trainer.errors import InputError
@@ -221,6 +222,9 @@ def _check_array(tar: _Tar, index: int, name: str) -> None:
     if name in tar.statistics:
         stored = Moments(*(getattr(tar.statistics[name], f.name)[index] for f in fields(Moments)))
         _check_moments(where, array_moments(name, array, sample.subjects, tar.manifest.subjects), stored)
+    hashes = sample.arrays[name].hashes
+    if hashes and hashes != content_hashes(name, array):
+        raise InputError(where, "hash of the content", found=content_hashes(name, array), expected=hashes)
 
 
 def _read_array(where: str, file: BinaryIO, member: tarfile.TarInfo, place: ArrayLocation) -> np.ndarray:
@@ -229,9 +233,9 @@ def _read_array(where: str, file: BinaryIO, member: tarfile.TarInfo, place: Arra
         found = read_npy_header(file, member.offset_data)
     except Exception as error:  # damaged bytes make numpy's parser raise whatever it comes upon
         raise InputError(where, "no .npy header", found=error) from error
-    for field in fields(ArrayLocation):
-        if getattr(found, field.name) != getattr(place, field.name):
-            raise InputError(where, field.name, found=getattr(found, field.name), expected=getattr(place, field.name))
+    for field in ("offset", "shape", "dtype"):
+        if getattr(found, field) != getattr(place, field):
+            raise InputError(where, field, found=getattr(found, field), expected=getattr(place, field))
     dtype = np.dtype(place.dtype)
     size = math.prod(place.shape) * dtype.itemsize
     inside = member.offset_data + member.size - place.offset

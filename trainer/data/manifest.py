@@ -3,6 +3,9 @@
 `manifest.json` is read by every process at its start, so it stays small; the statistics of each run lie beside it in
 `statistics.safetensors` and are read by name when they are needed. The manifest carries the SHA-256 of its own
 content, of the statistics and of every tar: an edited or torn file is noticed.
+
+Beside its address each array has a hash of its content (one for each subject's BOLD), by which a run knows its data
+again in other tars. Shards from before there were such hashes lack them, and are read as ever.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +47,15 @@ class Stream:
 
 @dataclass(frozen=True)
 class ArrayLocation:
-    """An array inside a tar: `offset` is the byte of its first element, after tar and .npy headers."""
+    """An array inside a tar: `offset` is the byte of its first element, after tar and .npy headers.
+
+    `hashes` are of its content, see `content_hashes`; empty where they are not known.
+    """
 
     offset: int
     shape: tuple[int, ...]
     dtype: str
+    hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,11 @@ class Moments:
 class Manifest:
     """A folder of shards, described. Arrays of a sample are named `bold` or like their stream.
 
-    `skipped` are the runs that were left out because something was wrong with them.
+    Attributes:
+        subjects: labels, in the order of the subject axis of models and scores.
+        skipped: the runs that were left out because something was wrong with them.
+        digest: SHA-256 of manifest.json; empty of a manifest that was not read from one.
+        stored_subjects: labels in the order of the statistics, where `with_subjects` has given another axis.
     """
 
     name: str
@@ -153,6 +165,16 @@ class Manifest:
     statistics: FileRecord
     folder: Path = field(default=Path(), compare=False)
     skipped: tuple[Skipped, ...] = ()
+    digest: str = field(default="", compare=False)
+    stored_subjects: tuple[str, ...] | None = None
+
+    def with_subjects(self, labels: Sequence[str]) -> Manifest:
+        """The manifest on the subject axis of a model: people that it does not know are left out.
+
+        A label that the shards lack stays on the axis, as a subject without BOLD.
+        """
+        stored = self.subjects if self.stored_subjects is None else self.stored_subjects
+        return replace(self, subjects=tuple(labels), stored_subjects=stored)
 
     def stream(self, name: str) -> Stream:
         """The stream of that name. Raises InputError that lists what the shards hold."""
@@ -175,21 +197,42 @@ class Manifest:
         path = self.folder / self.statistics.name
         try:
             with safe_open(path, framework="numpy") as file:
-                return Moments(*(file.get_tensor(f"{f.name}:{name}") for f in fields(Moments)))
+                stored = Moments(*(file.get_tensor(f"{f.name}:{name}") for f in fields(Moments)))
         except (OSError, SafetensorError) as error:
             raise InputError(
                 path, f"statistics of {name} cannot be read: {error}", fix="Build the shards again."
             ) from error
+        return stored if name != BOLD or self.stored_subjects is None else self._on_axis(stored, self.stored_subjects)
+
+    def _on_axis(self, stored: Moments, labels: Sequence[str]) -> Moments:
+        """Moments of BOLD (R, S stored, ...) on the subject axis (R, S, ...); count 0 of a label that is not stored."""
+        columns = np.array([labels.index(label) if label in labels else len(labels) for label in self.subjects], int)
+        padded = (np.pad(a, [(0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2)]) for a in (stored.count, stored.mean, stored.m2))
+        return Moments(*(array[:, columns] for array in padded))
 
     def save(self, folder: Path) -> None:
         """Write manifest.json into a folder that holds the statistics and the shards already."""
+        (folder / MANIFEST).write_text(self._text())
+
+    def _text(self, *, with_hashes: bool = True) -> str:
+        """What manifest.json holds, or held before there were hashes of contents."""
         content = asdict(self)
-        del content["folder"]
+        for key in ("folder", "digest", "stored_subjects"):
+            del content[key]
         for sample in content["samples"]:
             if not sample["wanted"]:  # so that shards of runs with BOLD are what they always were, to the byte
                 del sample["wanted"]
-        document = {"format": FORMAT, "sha256": _digest(content), **content}
-        (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
+            for place in sample["arrays"].values():
+                if not place["hashes"] or not with_hashes:
+                    del place["hashes"]
+        return json.dumps({"format": FORMAT, "sha256": _digest(content), **content}, indent=1) + "\n"
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """The SHA-256 of manifest.json as it is, and as it was before there were hashes: of the very same shards."""
+        as_stored = self if self.stored_subjects is None else replace(self, subjects=self.stored_subjects)
+        before = as_stored._text(with_hashes=False)
+        return frozenset({self.digest, hashlib.sha256(before.encode()).hexdigest()})
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -211,7 +254,7 @@ class Manifest:
         """
         folder = Path(folder)
         path = folder / MANIFEST
-        content = _read(path)
+        content, digest = _read(path)
         claimed = content.pop("sha256", None)
         written = content.pop("format", None)
         if written != FORMAT:
@@ -225,11 +268,21 @@ class Manifest:
                 fix="Build the shards again.",
             )
         try:
-            return _from_json(content, folder)
+            return replace(_from_json(content, folder), digest=digest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 path, "not a manifest", found=repr(error), expected="one as tools/make_shards.py writes it"
             ) from error
+
+
+def content_hashes(name: str, array: np.ndarray) -> tuple[str, ...]:
+    """What tells the content of an array from others: one hash of a stream, of `bold` one for each row of its subjects.
+
+    The first 32 hexadecimal digits of the SHA-256 of the bytes as stored (C order). They depend on nothing else: not on
+    the tar, nor on what else lies in it.
+    """
+    parts = list(array) if name == BOLD else [array]
+    return tuple(hashlib.sha256(np.ascontiguousarray(part).data).hexdigest()[:32] for part in parts)
 
 
 def array_moments(name: str, array: np.ndarray, present: Sequence[str], subjects: Sequence[str]) -> Moments:
@@ -273,9 +326,11 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of manifest.json, and the SHA-256 of the file."""
     try:
-        content = json.loads(path.read_text())
+        written = path.read_bytes()
+        content = json.loads(written)
     except OSError as error:
         raise InputError(
             path, f"cannot be read: {error.strerror}", expected="a folder that tools/make_shards.py wrote"
@@ -284,7 +339,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(path, f"not valid JSON: {error}", fix="Build the shards again.") from error
     if not isinstance(content, dict):
         raise InputError(path, "the file", found=type(content).__name__, expected="a JSON object")
-    return content
+    return content, hashlib.sha256(written).hexdigest()
+
+
+def location_from_json(content: Mapping[str, Any]) -> ArrayLocation:
+    """An address as it was written to JSON, by any version."""
+    return ArrayLocation(content["offset"], tuple(content["shape"]), content["dtype"], tuple(content.get("hashes", ())))
 
 
 def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
@@ -293,9 +353,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
             **{
                 **s,
                 "subjects": tuple(s["subjects"]),
-                "arrays": {
-                    n: ArrayLocation(a["offset"], tuple(a["shape"]), a["dtype"]) for n, a in s["arrays"].items()
-                },
+                "arrays": {name: location_from_json(place) for name, place in s["arrays"].items()},
             }
         )
         for s in content["samples"]

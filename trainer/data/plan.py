@@ -121,9 +121,10 @@ def _check_values(manifest: Manifest, chosen: Filter) -> None:
         for value in getattr(chosen, key) or ():
             if value not in values:
                 nearest = difflib.get_close_matches(str(value), [str(v) for v in values], n=1)
+                added = key == "subjects" and value in (manifest.stored_subjects or ())
                 raise InputError(
                     f"filter.{key}",
-                    "not in the shards",
+                    "not known to the model, which was trained without this subject" if added else "not in the shards",
                     found=value,
                     expected=f"among {_listed(values)}",
                     fix=f"Did you mean {nearest[0]}?" if nearest else None,

@@ -217,11 +217,19 @@ class DeviceCopy:
             for stream in streams:
                 values = shards.read(sample, stream.name, first, last)
                 self._put(self._features[stream.name], self._first_row[sample], values)
-            for row, label in enumerate(self.manifest.samples[sample].subjects):
+            for row, subject in self._rows(sample):
                 values = shards.read(sample, BOLD, first, last, row=row)
-                scaling.apply(values, sample, self.manifest.subjects.index(label))
+                scaling.apply(values, sample, subject)
                 self._put(self._bold, self._bold_row(sample, row), values)
-        self._predicted: tuple[Anchors, Tensor] | None = None
+        self._anchor: Anchors | None = None
+        self._predicted = self._bold[:0]
+        self._predicted_samples: set[int] = set()
+
+    def _rows(self, sample: int) -> list[tuple[int, int]]:
+        """(row of the stored BOLD, subject) of a sample's present subjects that are on the subject axis."""
+        subjects = self.manifest.subjects
+        present = enumerate(self.manifest.samples[sample].subjects)
+        return [(row, subjects.index(label)) for row, label in present if label in subjects]
 
     def _put(self, table: Tensor, row: int, values: np.ndarray) -> None:
         table[row : row + len(values)].copy_(torch.from_numpy(values))
@@ -265,21 +273,23 @@ class DeviceCopy:
             torch.from_numpy(loss_mask).to(self.device),
             torch.tensor([window.subjects for window in windows], dtype=torch.bool, device=self.device),
             torch.tensor([window.index for window in windows], dtype=torch.int64, device=self.device),
-            None if anchor is None else _gather(self._predictions(anchor), there),
+            None if anchor is None else _gather(self._predictions(anchor, windows), there),
         )
 
-    def _predictions(self, anchor: Anchors) -> Tensor:
-        """Stored predictions in the rows of BOLD; those of one stage at a time."""
-        if self._predicted is None or self._predicted[0] is not anchor:
-            self._predicted = None
-            table = torch.zeros_like(self._bold)
-            for sample in set(anchor) & set(self.needed):
-                first, last = self.needed[sample]
-                for row, label in enumerate(self.manifest.samples[sample].subjects):
-                    values = anchor[sample][self.manifest.subjects.index(label), first:last]
-                    self._put(table, self._bold_row(sample, row), np.array(values))
-            self._predicted = anchor, table
-        return self._predicted[1]
+    def _predictions(self, anchor: Anchors, windows: Sequence[Window]) -> Tensor:
+        """Stored predictions in the rows of BOLD, of one stage at a time; a run is read when a window first needs it.
+
+        Raises what `anchor` raises for a run that it holds no predictions of.
+        """
+        if self._anchor is not anchor:
+            self._anchor, self._predicted, self._predicted_samples = anchor, torch.zeros_like(self._bold), set()
+        for sample in {window.sample for window in windows} - self._predicted_samples:
+            first, last = self.needed[sample]
+            predictions = anchor[sample]
+            for row, subject in self._rows(sample):
+                self._put(self._predicted, self._bold_row(sample, row), np.array(predictions[subject, first:last]))
+            self._predicted_samples.add(sample)
+        return self._predicted
 
 
 def _gather(table: Tensor, rows: Tensor) -> Tensor:

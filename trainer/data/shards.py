@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -22,7 +23,16 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import webdataset as wds
 
-from trainer.data.manifest import BOLD, ArrayLocation, Manifest, Sample, check_file
+from trainer.data.manifest import (
+    BOLD,
+    MANIFEST,
+    ArrayLocation,
+    Manifest,
+    Sample,
+    check_file,
+    content_hashes,
+    describe_file,
+)
 from trainer.errors import InputError
 
 
@@ -44,11 +54,12 @@ def extension(name: str) -> str:
 
 
 def write_shard(path: Path, samples: Iterable[SampleContent]) -> dict[str, dict[str, ArrayLocation]]:
-    """Write one whole tar and return, for each sample key, where each of its arrays lies.
+    """Write one whole tar and return, for each sample key, where each of its arrays lies, with hashes of its content.
 
     Equal samples give equal bytes: times, owners and modes are fixed. Samples are taken one at a time.
     """
     names: dict[str, dict[str, str]] = {}
+    hashes: dict[tuple[str, str], tuple[str, ...]] = {}
     with (
         path.open("wb") as file,
         wds.TarWriter(file, user="", group="", mode=0o444, mtime=0, format="GNU_FORMAT") as writer,
@@ -56,8 +67,12 @@ def write_shard(path: Path, samples: Iterable[SampleContent]) -> dict[str, dict[
         for sample in samples:
             files = {extension(name): array for name, array in sample.arrays.items()}
             names[sample.key] = {extension(name): name for name in sample.arrays}
+            hashes |= {(sample.key, name): content_hashes(name, array) for name, array in sample.arrays.items()}
             writer.write({"__key__": sample.key, "meta.json": dict(sample.meta), **files})
-    return _locate(path, names)
+    return {
+        key: {name: replace(place, hashes=hashes[key, name]) for name, place in arrays.items()}
+        for key, arrays in _locate(path, names).items()
+    }
 
 
 def _locate(path: Path, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, ArrayLocation]]:
@@ -89,7 +104,7 @@ def check_first_array(path: Path, sample: Sample) -> None:
     One read of some hundred bytes: it tells another tar of the same size from the right one. Raises InputError.
     """
     name, place = min(sample.arrays.items(), key=lambda item: item[1].offset)
-    expected = (f"{sample.key}.{extension(name)}", place)
+    expected = (f"{sample.key}.{extension(name)}", replace(place, hashes=()))  # a header does not tell the content
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             first = tar.next()
@@ -130,17 +145,25 @@ class Shards:
 
     Args:
         verify: `full` also compares the SHA-256 of every tar, which reads all of it.
+        subjects: the subject axis of the manifest, where it is not the shards' own.
 
     Raises:
         InputError: the manifest or the statistics are missing or were changed, or a tar is missing or differs.
     """
 
-    def __init__(self, folder: str | Path, verify: Literal["size", "full"] = "size") -> None:
-        self.manifest = Manifest.load(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        verify: Literal["size", "full"] = "size",
+        subjects: Sequence[str] | None = None,
+    ) -> None:
+        manifest = Manifest.load(folder)
+        self.manifest = manifest if subjects is None else manifest.with_subjects(subjects)
         self.folder = Path(folder)
         first: dict[int, Sample] = {}
         for sample in self.manifest.samples:
             first.setdefault(sample.shard, sample)
+        self._seen = {name: _inode(self.folder / name) for name in (MANIFEST, *(s.name for s in manifest.shards))}
         for i, record in enumerate(self.manifest.shards):
             check_file(self.folder, record, full=verify == "full")
             if i in first:
@@ -217,8 +240,19 @@ class Shards:
     def _path(self, shard: int) -> Path:
         return self.folder / self.manifest.shards[shard].name
 
+    def are_replaced(self) -> bool:
+        """Whether the folder holds other shards by now than those that were opened."""
+        now = _inode(self.folder / MANIFEST)
+        if now is None or now == self._seen[MANIFEST]:
+            return False
+        self._seen[MANIFEST] = now
+        return describe_file(self.folder / MANIFEST).sha256 != self.manifest.digest
+
     def _open(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         with self._path(shard).open("rb") as file:
+            if os.fstat(file.fileno()).st_ino != self._seen[self._path(shard).name]:
+                fix = "The shards have been built again: run the command again."
+                raise InputError(self._path(shard), "was replaced while it was in use", fix=fix)
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._files[shard] = mapped, np.frombuffer(mapped, np.uint8)
         return self._files[shard]
@@ -237,6 +271,14 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+
+def _inode(path: Path) -> int | None:
+    """Tells a file from one that takes its place; None where there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _buffer(out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

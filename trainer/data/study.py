@@ -1,7 +1,8 @@
 """What a configuration takes from a folder of shards: the spans of every set, the streams, the scaling of BOLD.
 
 Opened once at the start of a command, so that every mismatch between configuration and shards is found before any time
-is spent.
+is spent. For a stage that has started, the shards are compared with what it has used (see `identity`), its subjects are
+found by label, and its training and validation sets stay the runs that they were, whatever has been added since.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from functools import cached_property
 
 import torch
 
-from trainer.config import Config
+from trainer.config import Config, Filter
 from trainer.data.cache import local_folder
+from trainer.data.identity import LISTED, DataRecord, Known, check, record_of, set_digest
 from trainer.data.manifest import Manifest, Stream
 from trainer.data.plan import Plan, Span, select, select_without_bold, used_subjects
 from trainer.data.residence import DeviceCopy, HostCopy, extents, reside
@@ -30,24 +32,36 @@ class Study:
         spans: set name -> the spans of TRs that its filter leaves, of runs with BOLD; sets without any are not in it.
         unseen: set name -> the spans of runs without BOLD, which can be predicted only.
         streams: the streams of `include_features`, in that order.
+        warnings: what the user should know of the data, a sentence each.
+        is_certain: the data of the stages that are `known` are known to be in the shards.
+
+    Args:
+        known: what the stages that the study is opened for have used, those that they stand on included. The first
+            gives the subject axis and the training and validation sets.
+        trains: a training is to stand on the data (see `identity.check`).
 
     Raises:
         InputError: no such folder, a stream or subject that the shards lack, an empty set, more latent dimensions than
-            parcels.
+            parcels, other data than those that are known.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, known: Sequence[Known] = (), *, trains: bool = False) -> None:
         self.config = config
         data = config.data
-        self.shards = Shards(local_folder(data.shards, data.cache_dir, data.cache_gb), verify=data.verify)
+        self._known = known[0] if known else None
+        subjects = self._known.record.subjects if self._known else None
+        folder = local_folder(data.shards, data.cache_dir, data.cache_gb)
+        self.shards = Shards(folder, verify=data.verify, subjects=subjects)
+        compared = [check(each, self.manifest, data.shards, trains=trains) for each in known]
+        self.warnings = [warning for warning in compared if warning is not None]
+        self.is_certain = not self.warnings
         self.source: Shards | HostCopy | DeviceCopy = self.shards
         self.streams: list[Stream] = [self.manifest.stream(name) for name in config.include_features]
         self.spans: dict[str, list[Span]] = {}
         self.unseen: dict[str, list[Span]] = {}
         for name, dataset in config.datasets.items():
             try:
-                spans = select(self.manifest, dataset.filter)
-                self.unseen[name] = select_without_bold(self.manifest, dataset.filter)
+                spans, self.unseen[name] = self._chosen(name, dataset.filter)
             except InputError as error:
                 raise InputError(f"datasets.{name}", str(error)) from error
             if spans:
@@ -65,6 +79,45 @@ class Study:
                 expected=f"at most {parcels}",
                 fix=f"Set stage2.latent_dim={parcels} or less.",
             )
+
+    def _used(self, name: str, chosen: Filter) -> list[Span] | None:
+        """The spans of a set that the stage has used already; None where it has not."""
+        return None if self._known is None else self._known.record.spans(name, chosen, self.manifest)
+
+    def _chosen(self, name: str, chosen: Filter) -> tuple[list[Span], list[Span]]:
+        """The spans of a set with BOLD, and without: what its filter leaves, or with BOLD what the stage has used."""
+        used = self._used(name, chosen)
+        try:
+            now, unseen = select(self.manifest, chosen), select_without_bold(self.manifest, chosen)
+        except InputError:
+            if used is None:
+                raise
+            return used, []  # the layout gives films or seasons other names, which changes no data
+        if used is None:
+            return now, unseen
+        self._warn_of_further(name, now, used)
+        return used, unseen
+
+    def _warn_of_further(self, name: str, now: Sequence[Span], used: Sequence[Span]) -> None:
+        """Note the runs, or BOLD, that the shards hold more of than the stage has used of a set."""
+        where = self._known.where if self._known else ""
+        further = [self.manifest.samples[span.sample].key for span in now if span not in used]
+        if further:
+            more = f" and {len(further) - LISTED} more" if len(further) > LISTED else ""
+            self.warnings.append(
+                f"datasets.{name}: its filter fits {', '.join(further[:LISTED])}{more} too, which {where} "
+                "has not used: the set stays as it was (a new training takes them)"
+            )
+
+    def record(self) -> DataRecord:
+        """What a stage that starts now is trained and validated on."""
+        names = ("train", self.config.val_set_name)
+        sets = {name: (self.config.datasets[name].filter, self.spans[name]) for name in names}
+        return record_of(self.manifest, self.streams, sets)
+
+    def digest(self, name: str) -> dict[str, str]:
+        """What a set holds now, as `identity.set_digest`."""
+        return set_digest(self.manifest, self.spans[name], self.streams)
 
     def check_scorable(self, name: str, where: str = "--set") -> None:
         """Raise InputError where there is no such set, or no run of it has BOLD to learn from or to score against."""
@@ -98,7 +151,10 @@ class Study:
     def stand_on(self, stage1: Config) -> None:
         """Note what stage 1 was trained on, where stage 2 learns from fewer subjects: anchors are trained on all."""
         names = ("train", self.config.val_set_name)
-        self._anchors = {name: select(self.manifest, stage1.datasets[name].filter) for name in names}
+        self._anchors = {
+            name: self._used(name, (chosen := stage1.datasets[name].filter)) or select(self.manifest, chosen)
+            for name in names
+        }
 
     def reside(self, device: torch.device) -> str:
         """Copy what training reads again and again (train and validation) to where data.residence says.

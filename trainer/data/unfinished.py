@@ -38,6 +38,7 @@ from trainer.data.manifest import (
     Moments,
     Skipped,
     check_file,
+    location_from_json,
 )  # fmt: skip
 from trainer.errors import InputError
 
@@ -126,7 +127,7 @@ def _read_record(path: Path, request: str) -> ShardResult | None:
         return None
     record = document["record"]
     places = {
-        key: {name: ArrayLocation(a["offset"], tuple(a["shape"]), a["dtype"]) for name, a in arrays.items()}
+        key: {name: location_from_json(place) for name, place in arrays.items()}
         for key, arrays in document["places"].items()
     }
     skipped = tuple(Skipped(**s) for s in document["skipped"])

@@ -20,15 +20,18 @@ import torch
 
 from trainer.config import load_stored
 from trainer.data.batches import whole_runs
+from trainer.data.identity import differ
+from trainer.data.manifest import BOLD
 from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.progress import say, watched
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory, write_json
+from trainer.scoring.known import open_study, warn
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import estimated, load_predictor
-from trainer.scoring.records import printed, summary
+from trainer.scoring.records import on_other_data, printed, summary
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def ensemble(runs: Sequence[RunDirectory], set_name: str, choose_on: str, best: 
 
     Raises:
         InputError: the two sets share TRs, or a model was trained on the scored one; the runs differ in subjects,
-            parcels, sets or the scaling of BOLD; no checkpoint has been scored on `choose_on`; no such run or set.
+            parcels, sets, their BOLD or its scaling; shards hold other data than a run or a score has seen; no
+            checkpoint has been scored on `choose_on`; no such run or set.
     """
     if best < 1:
         raise InputError("--best", "", found=best, expected="1 or more")
@@ -87,7 +91,8 @@ def _candidates(run: RunDirectory, set_name: str, choose_on: str) -> list[Candid
         raise InputError(run.path, "holds no training", expected="a run directory with stage1/")
     found = []
     for number in started:
-        study = Study(load_stored(run.stage(number).config))
+        study = open_study(run.stage(number), load_stored(run.stage(number).config))
+        warn(study.warnings)
         study.check_scorable(set_name)
         study.check_scorable(choose_on, "--choose-on")
         shape = (len(study.manifest.subjects), study.manifest.parcels)
@@ -95,9 +100,17 @@ def _candidates(run: RunDirectory, set_name: str, choose_on: str) -> list[Candid
             kept = set(checkpoint.steps(directory.checkpoints))
             for path, score in directory.scores_with_paths():
                 if (score.get("set"), score.get("estimate")) == (choose_on, "mean") and score["step"] in kept:
+                    _check_data(path, score, study, choose_on)
                     r = _read_r(path.with_suffix(".npy"), shape)
                     found.append(Candidate(study, number, directory, score["step"], refit, r))
     return found
+
+
+def _check_data(path: Path, score: dict[str, Any], study: Study, choose_on: str) -> None:
+    """Raise InputError where a score was taken on other data than the shards hold now."""
+    if on_other_data(score, study.digest(choose_on)):
+        fix = f"Score it again: python -m trainer evaluate DIR --step all --set {choose_on}"
+        raise InputError(path, f"was taken on other data than {choose_on} holds now", fix=fix)
 
 
 def _read_r(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -123,6 +136,9 @@ def _check_alike(one: Candidate, other: Candidate, sets: Sequence[str]) -> None:
         if found != expected:
             expected = f"{expected} as in {other.directory.path}"
             raise InputError(one.directory.path, f"{what} differ(s)", found=found, expected=expected)
+    for name in sets:
+        if BOLD in differ(a.digest(name), b.digest(name)):
+            raise InputError(one.directory.path, f"has other BOLD in {name} than {other.directory.path}")
 
 
 def _described(study: Study, name: str) -> list[tuple[str, int, int, tuple[bool, ...]]]:

@@ -16,6 +16,8 @@ from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import make_processes
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import open_study, warn
+from trainer.scoring.records import stale_steps
 from trainer.scoring.shares import Ranks
 
 
@@ -37,7 +39,9 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
 
 def _evaluate_stage(run: RunDirectory, number: int, step: str, sets: Sequence[str] | None, processes: Ranks) -> None:
     stage = run.stage(number)
-    study = Study(load_stored(stage.config))
+    study = open_study(stage, load_stored(stage.config))
+    if processes.is_main:
+        warn(study.warnings)
     refitted = step == "best" and stage.finished() is not None and study.config.train.refit
     part = Part(run, number, refit=refitted)
     named = _named(study, sets, refit=refitted)
@@ -51,6 +55,17 @@ def _evaluate_stage(run: RunDirectory, number: int, step: str, sets: Sequence[st
                 say(f"{part}: step {each} is damaged, and left out: {why}")
         else:
             raise InputError(why, "")
+    if processes.is_main:
+        warn(stale for name in named if (stale := _said_of_stale(part.directory, name, study)))
+
+
+def _said_of_stale(directory: StageDirectory, name: str, study: Study) -> str | None:
+    """The sentence about scores of a set that were taken on other data than the shards hold now."""
+    steps = stale_steps(directory, name, study.digest(name))
+    if not steps:
+        return None
+    listed = ", ".join(map(str, steps))
+    return f"{directory.scores}: {name} held other data when step {listed} was scored (--step all scores all anew)"
 
 
 def _named(study: Study, names: Sequence[str] | None, *, refit: bool) -> list[str]:

@@ -16,13 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trainer.config import Config, load_stored
+from trainer.data.identity import DataRecord
 from trainer.data.manifest import Manifest
 from trainer.errors import InputError
+from trainer.evaluation import same_data
 from trainer.evaluation.curves import Curves, Points
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import read_object
 from trainer.run.status import StageStatus, read_facts, stage_status
+from trainer.scoring.known import known_data
 
 Value = TypeVar("Value")
 _UNREADABLE = (InputError, OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile)
@@ -109,7 +112,8 @@ class RunResults:
         stages: those that have begun, by number.
         ceilings: set -> noise ceiling (S, V) of one run of BOLD.
         config: None where it cannot be read.
-        manifest: of the shards; None where they are not here.
+        manifest: of the shards, on the run's subject axis; None where they are not here.
+        record: what the last stage that has begun was trained and validated on; None where nothing says.
         notes: what could not be read, a sentence each.
     """
 
@@ -119,6 +123,7 @@ class RunResults:
     config: Config | None = None
     manifest: Manifest | None = None
     notes: Sequence[str] = ()
+    record: DataRecord | None = None
 
     @property
     def final(self) -> StageResults | None:
@@ -185,12 +190,18 @@ def read_results(path: Path) -> RunResults:
     stages = {number: _read_stage(run, number, config, reader) for number in started}
     files = [file for file in sorted((path / "ceilings").glob("*.npy")) if not file.stem.endswith("-isc")]
     ceilings = {file.stem: reader.array(file) for file in files}
+    known = reader.get(lambda _: known_data(run.stage(max(started))), path) if started else None
+    manifest = _read_manifest(config.data.shards) if config else None
+    if known and manifest is not None and config is not None:
+        reader.notes += same_data.notes_on_shards(known, manifest, config.data.shards)
+        manifest = manifest.with_subjects(known[0].record.subjects)
     return RunResults(
         path=path,
         stages=stages,
         ceilings={name: array for name, array in ceilings.items() if array is not None},
         config=config,
-        manifest=_read_manifest(config.data.shards) if config else None,
+        manifest=manifest,
+        record=known[0].record if known else None,
         notes=list(dict.fromkeys(reader.notes)),
     )
 
@@ -211,6 +222,7 @@ def _read_stage(run: RunDirectory, number: int, config: Config | None, reader: _
     step = finished.get("step") if finished else checkpoint.best_step((score for _, score in scores), validation)
     if step is None and scores:
         step = max(score["step"] for _, score in scores)
+    reader.notes += same_data.notes_on_scores(directory, [score for _, score in scores], step)
     found: dict[tuple[str, str], tuple[StageDirectory, Scored]] = {}
     for part in (directory, directory.refit):
         for path, score in _scores(part, reader) if part is not directory else scores:

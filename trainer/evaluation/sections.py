@@ -15,6 +15,7 @@ from trainer.evaluation import figures, tables
 from trainer.evaluation.brain import brain_drawings
 from trainer.evaluation.drawing import Drawing
 from trainer.evaluation.results import RunResults, Scored
+from trainer.evaluation.same_data import notes_between
 from trainer.evaluation.tables import Table
 
 
@@ -102,6 +103,7 @@ def _scores(runs: Mapping[str, RunResults]) -> Section:
         elif not any(score.score.get("full") for stage in run.stages.values() for score in stage.scored):
             missing.append(f"{name}No intervals or ceilings yet. {_evaluate(run)} finds them.")
         missing += [f"{name}{note}" for note in run.notes]
+    missing += _not_comparable(runs)
     shown = [tables.score_table(runs)] if any(run.sets for run in runs.values()) else []
     differences = tables.difference_table(runs)
     if differences.groups:
@@ -112,6 +114,24 @@ def _scores(runs: Mapping[str, RunResults]) -> Section:
             "carries the noise of a real scan, so its r is far below the mean's by construction."
         )
     return Section("scores", "Scores", [Part(text=text, missing=missing, tables=shown)])
+
+
+def _not_comparable(runs: Mapping[str, RunResults]) -> list[str]:
+    """The sets of which scores speak of different BOLD: those of the stages of one run, or of several runs."""
+    names = dict.fromkeys(name for run in runs.values() for name in run.sets)
+    several = len(runs) > 1
+    notes: list[str] = []
+    for name in names:
+        stages = {
+            (label, stage.number): stage.find(name) for label, run in runs.items() for stage in run.stages.values()
+        }
+        scores = {
+            (f"{label}, stage {number}" if several else f"stage {number}"): scored.score
+            for (label, number), scored in stages.items()
+            if scored is not None
+        }
+        notes += notes_between(name, scores)
+    return notes
 
 
 def _training(runs: Mapping[str, RunResults]) -> Section:
@@ -230,7 +250,7 @@ def _data(runs: Mapping[str, RunResults]) -> Section:
             where = run.config.data.shards if run.config else "which the configuration names"
             parts.append(Part(missing=[f"{label}: the shards ({where}) cannot be looked at from here."]))
             continue
-        parts.append(_data_part(run.manifest, tables.data_table(run.config, run.manifest)))
+        parts.append(_data_part(run.manifest, tables.data_table(run.config, run.manifest, run.record)))
     return Section("data", "Data", parts)
 
 

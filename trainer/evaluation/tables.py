@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from trainer.config import Config
+from trainer.data.identity import DataRecord
 from trainer.data.manifest import Manifest
 from trainer.data.plan import select
 from trainer.errors import InputError
 from trainer.evaluation.figures import model_name
 from trainer.evaluation.maps import MODELS
 from trainer.evaluation.results import Distribution, RunResults, Scored, StageResults
+from trainer.evaluation.same_data import same_bold
 from trainer.scoring.intervals import paired_difference
 
 NOTHING = "–"
@@ -177,6 +179,8 @@ def _compared(runs: Mapping[str, RunResults], set_name: str) -> list[tuple[str, 
 
 
 def _difference_cells(before: Scored, after: Scored) -> list[str]:
+    if not same_bold(before.score, after.score):
+        return [NOTHING, "other BOLD"]
     change = after.score["pearson_r"] - before.score["pearson_r"]
     if before.bootstrap is None or after.bootstrap is None or before.bootstrap.shape != after.bootstrap.shape:
         return [number(change, sign=True), "not known"]
@@ -210,12 +214,13 @@ def distribution_table(found: Distribution) -> Table:
     return Table(title, [Column("Model", False), *columns], {"": rows})
 
 
-def data_table(config: Config, manifest: Manifest) -> Table:
-    """The sets of a configuration: runs, TRs, hours, and subjects with BOLD."""
+def data_table(config: Config, manifest: Manifest, record: DataRecord | None = None) -> Table:
+    """The sets of a configuration: runs, TRs, hours, and subjects with BOLD; sets that a stage used as it recorded."""
     rows = []
     for name, dataset in config.datasets.items():
         try:
-            spans = select(manifest, dataset.filter)
+            used = record.spans(name, dataset.filter, manifest) if record else None
+            spans = select(manifest, dataset.filter) if used is None else used
         except InputError:
             rows.append([name, NOTHING, NOTHING, NOTHING, NOTHING])
             continue

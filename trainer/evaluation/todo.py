@@ -1,7 +1,8 @@
 """What of a run remains to be scored: a function of what its folders list.
 
-A piece of work is one checkpoint on one set. It is done when the score files of all its estimates say `"full": true`;
-those that the training wrote itself, with r alone, are scored again and added to.
+A piece of work is one checkpoint on one set. It is done when the score files of all its estimates say `"full": true`
+and were taken on what the set holds now; those that the training wrote itself, with r alone, are scored again and added
+to, and those of other data are scored again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.run import checkpoint
 from trainer.run.claims import Claims
 from trainer.run.directory import RunDirectory
 from trainer.run.files import write_json
+from trainer.scoring.records import on_other_data
 from trainer.scoring.score import ESTIMATES
 
 _SCORE = re.compile(rf"step_(\d{{8}})-(\w+)-({'|'.join(ESTIMATES)})\.json")
@@ -118,6 +120,8 @@ class Part:
         self.claims = Claims(self.directory.claims)
         self.estimates = ESTIMATES[:1] if number == 1 else ESTIMATES
         self.config: object = None
+        self.data: Mapping[str, Mapping[str, str]] = {}
+        """Set -> the digest of what it holds now, as far as it is known."""
         self._finished = self.stage.path / "finished.json"
         self._files: list[str] | None = None
         self._state: object = None
@@ -134,7 +138,7 @@ class Part:
             return Listed()
         files = _names(self.directory.scores)
         self.config = stamp(self.stage.config)
-        state = (folders, self.config, stamp(self._finished))
+        state = (folders, self.config, stamp(self._finished), dict(self.data))
         if state != self._state:
             self._read.clear()
         if (state, files) != (self._state, self._files):
@@ -147,7 +151,7 @@ class Part:
     def is_done(self, unit: Unit) -> bool:
         """Whether a unit is scored in full, read now."""
         for estimate in self.estimates:
-            self._read[unit, estimate] = _is_full(self._path(unit, estimate))
+            self._read[unit, estimate] = self._holds_all(unit, estimate)
         self._files = None  # the next look takes the news in
         return all(self._read[unit, estimate] for estimate in self.estimates)
 
@@ -164,7 +168,7 @@ class Part:
         matches = [match for match in map(_SCORE.fullmatch, files) if match]
         scored = frozenset((Unit(int(match[1]), match[2]), match[3]) for match in matches)
         for unit, estimate in scored - self._read.keys():
-            self._read[unit, estimate] = _is_full(self._path(unit, estimate))
+            self._read[unit, estimate] = self._holds_all(unit, estimate)
         return Listed(
             steps=frozenset(checkpoint.steps(self.directory.checkpoints)),
             scored=scored,
@@ -175,8 +179,9 @@ class Part:
     def _damaged(self, step: int) -> Path:
         return self.directory.scores / f"step_{step:08d}-damaged.json"
 
-    def _path(self, unit: Unit, estimate: str) -> Path:
-        return self.directory.scores / f"{unit}-{estimate}.json"
+    def _holds_all(self, unit: Unit, estimate: str) -> bool:
+        """Whether an estimate of a unit is scored in full, on what the set holds now."""
+        return _is_full(self.directory.scores / f"{unit}-{estimate}.json", self.data.get(unit.set_name))
 
 
 def parts_of(run: RunDirectory, stages: Sequence[int]) -> list[Part]:
@@ -200,9 +205,10 @@ def _names(folder: Path) -> list[str]:
         return []
 
 
-def _is_full(path: Path) -> bool:
-    """Whether a score file holds all there is to score; one that is torn or gone holds nothing."""
+def _is_full(path: Path, data: Mapping[str, str] | None) -> bool:
+    """Whether a score file holds all there is to score of the set of that digest; one that is torn or gone does not."""
     try:
-        return json.loads(path.read_text()).get("full") is True
+        score = json.loads(path.read_text())
+        return score.get("full") is True and not on_other_data(score, data)
     except (OSError, ValueError, AttributeError):
         return False

@@ -29,6 +29,7 @@ from trainer.run.claims import Claim, ClaimLost
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import open_study, warn
 from trainer.scoring.shares import Ranks, in_order
 
 T = TypeVar("T")
@@ -152,6 +153,8 @@ class Worker:
         self._life = Life(list(self._stages.values()))
         self._settling = Settling()
         self._studies: dict[int, tuple[object, Study]] = {}
+        self._digests: dict[int, dict[str, dict[str, str]]] = {}
+        self._warned: set[str] = set()
         self._claim: Claim | None = None
 
     def run_to_its_end(self) -> int:
@@ -211,15 +214,24 @@ class Worker:
         if not listed.steps or part.config is None:
             return Remaining()
         study = self._study(part, part.config)
+        data = self._digests[part.number]
+        if data != part.data:
+            part.data = data
+            listed = part.look(listed.unsettled)
         trains = not part.refit and not stage.finished and self._life.may_live
         sets = tuple(sets_of(study, self._sets, refit=part.refit))
         return remaining(listed, sets, part.estimates, study.config.val_set_name if trains else None)
 
     def _study(self, part: Part, config: object) -> Study:
-        """What a part was trained on, opened once for each configuration."""
+        """What a part was trained on, opened once for each configuration and each building of the shards."""
         known = self._studies.get(part.number)
-        if known is None or known[0] != config:
-            known = self._studies[part.number] = (config, Study(load_stored(part.stage.config)))
+        if known is None or known[0] != config or known[1].shards.are_replaced():
+            study = open_study(part.stage, load_stored(part.stage.config))
+            known = self._studies[part.number] = (config, study)
+            self._digests[part.number] = {name: study.digest(name) for name in study.spans}
+            if self._processes.is_main:
+                warn(line for line in study.warnings if line not in self._warned)
+            self._warned.update(study.warnings)
         return known[1]
 
     def _try(self, number: int, unit: Unit) -> Task | None:

@@ -1,6 +1,7 @@
 """The layout of a run directory: who starts, how far a stage is, and how it ended.
 
     RUN/stage1/            config.yaml  starts/<n>.json  heartbeat.json  checkpoints/  logs/  scores/  finished.json
+    RUN/stage1/data.json   what it is trained and validated on, by content (data/identity.py); stage2/anchor/ has a copy
     RUN/stage1/claims/     what is being scored, and by which worker
     RUN/stage1/refit/      checkpoints/  logs/  scores/  claims/, where `train.refit` trains again on train + validation
     RUN/stage2/            as stage1/, and anchor/ (the chosen stage 1, copied; its folds and what they predict)
@@ -44,6 +45,7 @@ class StageDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.data = path / "data.json"
         self.checkpoints = path / "checkpoints"
         self.scores = path / "scores"
         self.claims = path / "claims"

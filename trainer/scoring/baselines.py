@@ -9,17 +9,16 @@ in unseen runs is part of what it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from trainer.data.batches import whole_runs
-from trainer.data.manifest import Manifest
 from trainer.data.plan import Span, used_subjects
+from trainer.data.predictions import StoredPredictions
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.run.directory import StageDirectory
@@ -31,25 +30,6 @@ MOST_TRS = 20_000
 
 _LARGEST_PHI = 0.99
 _LEAST_SHRINKAGE = 1e-6
-
-
-class StoredPredictions(Mapping[int, np.ndarray]):
-    """What anchors predicted for samples that they had not seen, as stage 2 found it: sample index -> (S, T, V)."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-
-    def _path(self, sample: int) -> Path:
-        return self.folder / f"{self.manifest.samples[sample].key}.npy"
-
-    def __getitem__(self, sample: int) -> np.ndarray:
-        return np.load(self._path(sample), mmap_mode="r")
-
-    def __iter__(self) -> Iterator[int]:
-        return (sample for sample in range(len(self.manifest.samples)) if self._path(sample).exists())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)
@@ -88,15 +68,19 @@ class Unseen:
 def unseen(directory: StageDirectory, study: Study) -> Unseen | None:
     """The TRs that the residuals of a stage 2 are fitted on.
 
-    Cross-fitted predictions of the training TRs. Without them (cross_fit 0, an imported run) the first half of each
-    validation run: scored on the validation set itself, the baselines have then seen half of it, and look a little too
-    good. A refit without cross-fit has nothing left that it has not seen: None, and there are no baselines.
+    Cross-fitted predictions of the training TRs, of which none may be missing. Without any (cross_fit 0, an imported
+    run) the first half of each validation run: scored on the validation set itself, the baselines have then seen half
+    of it, and look a little too good. A refit without cross-fit has nothing left that it has not seen: None, and there
+    are no baselines.
     """
     refit = directory.path.name == "refit"
-    stored = StoredPredictions(directory.anchor / "predictions", study.manifest)
-    there = set(stored) if study.config.stage2.cross_fit else set()
-    spans = [span for span in study.training_spans(refit=refit) if span.sample in there]
-    if spans:
+    stored = StoredPredictions(directory.anchor / "predictions", study.manifest, study.streams)
+    if study.config.stage2.cross_fit and len(stored):
+        spans = study.training_spans(refit=refit)
+        if not study.is_certain:  # what has been added since the training cannot be told from what it used
+            spans = [span for span in spans if span.sample in set(stored)]
+        for span in spans:
+            stored[span.sample]  # raises where it is missing, before any time is spent
         return Unseen("training TRs, predicted by anchors of other folds", spans, stored)
     if refit:
         return None

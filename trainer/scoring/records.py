@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.identity import TAR
 from trainer.errors import InputError
 from trainer.run.directory import StageDirectory
 from trainer.run.files import read_object, write_json
@@ -44,8 +45,9 @@ def write_scores(
     """Write one score file for each estimate; returns estimate -> what the file holds.
 
     Args:
-        facts: stage, step, set, epoch, and `validation`: whether this is the training's own validation, by which it
-            chooses. One that was stays one when it is scored again.
+        facts: stage, step, set, epoch, `data`, the digest of what the set holds (`identity.set_digest`), and
+            `validation`: whether this is the training's own validation, by which it chooses. One that was stays one
+            when it is scored again.
         more: estimate -> keys that a full scoring adds.
     """
     written = {}
@@ -83,6 +85,8 @@ def _beside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         before = read_object(path, "pearson_r") if path.exists() else {}
     except InputError:
         return content
+    if on_other_data(before, content.get("data")):
+        return content
     if before.get("validation"):
         content = {**content, "validation": True}
     if "full" in content or "full" not in before:
@@ -90,6 +94,24 @@ def _beside(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     old, new = before["pearson_r"], content["pearson_r"]
     same = old == new if old is None or new is None else abs(old - new) < SAME_R
     return {**before, **content} if same else content
+
+
+def on_other_data(score: Mapping[str, Any], data: Mapping[str, str] | None) -> bool:
+    """Whether a score was taken on another set than the one of that digest (`identity.set_digest`).
+
+    Scores from before there were digests count as taken on the same, and so do those of which nothing can be said, as
+    contents have hashes now and had none then.
+    """
+    before = score.get("data")
+    if not data or not before:
+        return False
+    return any(before.get(n) != word and before[n].startswith(TAR) == word.startswith(TAR) for n, word in data.items())
+
+
+def stale_steps(directory: StageDirectory, set_name: str, data: Mapping[str, str]) -> list[int]:
+    """Steps of a stage whose scores on a set were taken on other data, ascending."""
+    scores = (score for score in directory.read_scores() if score.get("set") == set_name)
+    return sorted({int(score["step"]) for score in scores if on_other_data(score, data)})
 
 
 def summary(correlation: Correlation, subjects: Sequence[str]) -> dict[str, Any]:

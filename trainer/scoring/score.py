@@ -73,6 +73,7 @@ def score_checkpoint(
     for set_name in sets:
         facts = {"stage": stage, "step": step, "set": set_name, "epoch": epoch, "validation": False}
         facts |= untrained_facts(study, set_name, meta.get(TRAINED, study.manifest.subjects))
+        facts["data"] = study.digest(set_name)
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
             scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name, groups))

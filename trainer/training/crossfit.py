@@ -8,7 +8,7 @@ on all folds but one, each predicting the fold it has not seen.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,10 @@ import torch
 from trainer.data.batches import whole_runs
 from trainer.data.manifest import Manifest
 from trainer.data.plan import Span
+from trainer.data.predictions import MADE_FROM, StoredPredictions
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
+from trainer.run.files import write_json
 from trainer.scoring.shares import Ranks, in_order, shown
 
 
@@ -71,7 +73,7 @@ def _cut(span: Span, hole: Span) -> list[Span]:
     return [piece for piece in (before, after) if piece.stop > piece.start]
 
 
-class Predictions(Mapping[int, np.ndarray]):
+class Predictions(StoredPredictions):
     """What anchors predict for samples: sample index -> (S, T, V) float32, memory-mapped; NaN where none was asked.
 
     The files lie in a folder of the run, one .npy a sample, so that stage 2 reads its anchor like any other array and
@@ -79,20 +81,8 @@ class Predictions(Mapping[int, np.ndarray]):
     """
 
     def __init__(self, folder: Path, study: Study) -> None:
-        self.folder, self.study = folder, study
-
-    def path(self, sample: int) -> Path:
-        """Where the predictions of a sample lie."""
-        return self.folder / f"{self.study.manifest.samples[sample].key}.npy"
-
-    def __getitem__(self, sample: int) -> np.ndarray:
-        return np.load(self.path(sample), mmap_mode="r")
-
-    def __iter__(self) -> Iterator[int]:
-        return (sample for sample in range(len(self.study.manifest.samples)) if self.path(sample).exists())
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+        super().__init__(folder, study.manifest, study.streams)
+        self.study = study
 
     @torch.no_grad()
     def write(self, parts: Sequence[tuple[Anchor, Sequence[Span]]], processes: Ranks) -> None:
@@ -101,7 +91,8 @@ class Predictions(Mapping[int, np.ndarray]):
         The ranks share the samples. The anchors' weights must be the same on all of them.
 
         Raises:
-            InputError, OSError: on every rank, where one cannot read a shard, or write a file.
+            InputError, OSError: on every rank, where one cannot read a shard, or write a file; or a file that is there
+                was predicted from other features.
         """
         # one look at the disk for all: a rank that looked later would see the files of a faster one, and deal otherwise
         missing = processes.first(lambda: self._missing(parts))
@@ -115,10 +106,19 @@ class Predictions(Mapping[int, np.ndarray]):
         in_order(processes, write_share)  # none goes on before all the files are there
 
     def _missing(self, parts: Sequence[tuple[Anchor, Sequence[Span]]]) -> list[int]:
-        """The samples whose predictions are still to be written, into a folder that is there from now on."""
+        """The samples whose predictions are still to be written, into a folder that is there from now on.
+
+        It says from then on what each of them is predicted from.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         wanted = sorted({span.sample for _, spans in parts for span in spans})
-        return [sample for sample in wanted if not self.path(sample).exists()]
+        missing = [sample for sample in wanted if not self.path(sample).exists()]
+        for sample in set(wanted).difference(missing):
+            self.check_features(sample)
+        now = {self.study.manifest.samples[sample].key: self.features(sample) for sample in missing}
+        self.made_from |= {key: features for key, features in now.items() if features}
+        write_json(self.folder / MADE_FROM, self.made_from)
+        return missing
 
     def _write_sample(self, sample: int, parts: Sequence[tuple[Anchor, Sequence[Span]]], device: torch.device) -> None:
         manifest = self.study.manifest

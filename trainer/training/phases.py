@@ -27,6 +27,7 @@ from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import Processes
 from trainer.run.signals import StopRequest
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import copy_record
 from trainer.scoring.predictor import (
     TRAINED,
     AnchorPredictor,
@@ -136,7 +137,7 @@ def flow_phase(
     """The phase that trains the flow around the anchor of `stage1` at `step`."""
     config, device = job.config, job.processes.device
     spans = job.study.training_spans(refit=refit)
-    job.processes.first(lambda: _copy_anchor(checkpoint.folder_of(stage1.checkpoints, step), directory.anchor))
+    job.processes.first(lambda: _copy_anchor(job.run.stage(1), stage1, step, directory.anchor))
     anchor = load_anchor(directory.anchor, job.study, device)
     predictions = _unseen_predictions(job, directory, anchor, job.study.anchor_spans(refit=refit), step, watch)
 
@@ -156,10 +157,14 @@ def flow_phase(
     return phase
 
 
-def _copy_anchor(source: Path, target: Path) -> None:
-    """Once and for all: a stage 2 that goes on keeps the anchor that it started with."""
+def _copy_anchor(stage: StageDirectory, part: StageDirectory, step: int, target: Path) -> None:
+    """Once and for all: a stage 2 that goes on keeps the anchor that it started with.
+
+    `part` is where the checkpoint lies: the stage itself, or its refit.
+    """
     if not (target / "meta.json").exists():
-        checkpoint.copy_weights(source, target)
+        copy_record(stage, target)
+        checkpoint.copy_weights(checkpoint.folder_of(part.checkpoints, step), target)
 
 
 def _unseen_predictions(
@@ -236,7 +241,7 @@ def _phase(
         optimisation=optimisation,
         facts={
             "shapes": shapes_of(study).as_json(),
-            "shards": checkpoint.sha256(study.manifest.folder / "manifest.json"),
+            "shards": study.manifest.digest,
             "steps_per_epoch": plan.steps_per_epoch,
         },
         marks={TRAINED: study.labels_of(spans)},
@@ -268,6 +273,7 @@ def _write_validation(
     epoch = step // phase.steps_per_epoch
     facts = {"stage": stage, "step": step, "set": phase.val_set_name, "epoch": epoch, "validation": True}
     facts |= untrained_facts(job.study, phase.val_set_name, phase.marks[TRAINED])
+    facts["data"] = job.study.digest(phase.val_set_name)
     written = write_scores(phase.directory, scores, job.study.manifest.subjects, facts)["mean"]
     logged = {"set": phase.val_set_name, "pearson_r": written["pearson_r"], "flow_loss": written.get("flow_loss")}
     if latent_std is not None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from trainer.config import Config, continued, differing_keys, load_stored
+from trainer.data.identity import Known
+from trainer.data.overlap import shared_stimuli
 from trainer.data.plan import micro_batches
 from trainer.data.study import Study
 from trainer.errors import InputError
@@ -27,6 +29,7 @@ from trainer.run.jobs import other_code
 from trainer.run.launch import sharing
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
+from trainer.scoring.known import known_data, warn, write_record
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
 from trainer.training.checks import check, check_parcels
@@ -46,7 +49,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     run = RunDirectory(path)
     if resume or 1 not in stages:
         config = continued(config, [run.stage(number).config for number in (1, 2)])
-    study = Study(config)
+    study = Study(config, _known(run, stages, resume=resume), trains=True)
     with torch.device("meta"):  # models that cannot be built are refused before anything is written
         build_anchor(config.stage1.model, shapes_of(study))
         if 2 in stages or study.manifest.parcels > 1:
@@ -67,6 +70,7 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
     if processes.is_main:
         if how := sharing(processes.world, processes.zero_stage):
             say(f"{processes.world} process{'es' if processes.world > 1 else ''} of {processes.launcher}: {how}")
+        warn([*study.warnings, *shared_stimuli(study)])
         say(where)
         for name in study.without_bold():
             say(f"datasets.{name}: no run has BOLD, so it is not scored; `predict --set {name}` predicts it")
@@ -75,6 +79,12 @@ def train(config: Config, path: Path, stages: Sequence[int], *, resume: bool, ov
         for number in stages:
             _train_stage(job, number)
     return run if processes.is_main else None
+
+
+def _known(run: RunDirectory, stages: Sequence[int], *, resume: bool) -> list[Known]:
+    """The data of the stages that a training goes on with, or stands on; those that it starts anew do not count."""
+    kept = [number for number in range(1, max(stages) + 1) if resume or number not in stages]
+    return [known for number in kept for known in known_data(run.stage(number))]
 
 
 def _claim(config: Config, run: RunDirectory, stages: Sequence[int], *, resume: bool, overwrite: bool) -> None:
@@ -102,6 +112,7 @@ def _begin(job: Job, directory: StageDirectory, hosts: Sequence[str]) -> int:
     processes = job.processes
     facts = {"world": processes.world, "launcher": processes.launcher, "zero_stage": processes.zero_stage}
     start = directory.begin(job.config.to_yaml(), **facts, hosts=hosts)
+    write_record(directory, job.study.record())
     warning = other_code(job.run.path)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
