@@ -219,7 +219,8 @@ class Shards:
 
     def _open(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         with self._path(shard).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            # FUSE mounts with direct I/O have no shared maps; one that is only read needs none
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         self._files[shard] = mapped, np.frombuffer(mapped, np.uint8)
         return self._files[shard]
 

@@ -7,7 +7,6 @@ on all folds but one, each predicting the fold it has not seen.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent
+from trainer.scoring.records import write_array
 from trainer.scoring.shares import Ranks, in_order, shown
 
 
@@ -135,10 +135,7 @@ class Predictions(Mapping[int, np.ndarray]):
                 predicted = anchor.eval()(batch.features, batch.mask)[0].float().cpu().numpy()
             for span in here:
                 whole[:, span.start : span.stop] = predicted[:, span.start : span.stop]
-        aside = self.path(sample).with_suffix(f".{os.getpid()}")
-        with aside.open("wb") as file:
-            np.save(file, whole)
-        aside.replace(self.path(sample))
+        write_array(self.path(sample), whole)
 
 
 @torch.no_grad()
