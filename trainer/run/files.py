@@ -36,7 +36,7 @@ def whole(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with naming(path, aside):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             aside.unlink(missing_ok=True)  # of a killed process of the same number, with a mode of its own
             with aside.open("xb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -76,7 +76,7 @@ def write_new(path: Path, text: str) -> bool:
     aside = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         with naming(path, aside):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             with aside.open("w") as file:
                 _write_synced(file, text)
             try:
@@ -121,7 +121,7 @@ def new_whole(path: Path, option: str) -> Iterator[Path]:
     try:
         if os.path.lexists(path):
             raise InputError(option, f"{path} exists", fix=f"Choose another {option}, or delete it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         aside.touch()  # before any time is spent
         aside.unlink()
     except OSError as error:
@@ -149,13 +149,19 @@ def check_writable(folder: Path, fix: str | None = None) -> None:
     """
     probe = folder / f".probe.{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         probe.touch()
         probe.unlink()
-    except FileExistsError as error:
-        raise InputError(folder, "is no folder", fix=fix) from error
     except OSError as error:
         raise InputError(folder, f"cannot be written: {error.strerror}", fix=fix) from error
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder where there is none. Raises OSError; of a file in its place, that it is no folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from error
 
 
 def names(folder: Path) -> list[str]:
