@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
 from trainer.run.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, help="folder for made data (default: among the temporary files)")
     options = parser.parse_args(argv)
     benches = importlib.import_module("tools.benches")
-    if options.json:
-        check_writable(options.json.parent, "Choose another --json.")  # before minutes of measuring
+    if options.json:  # before minutes of measuring
+        if options.json.is_dir():
+            raise InputError(options.json, "is a folder", fix="Choose another --json.")
+        check_writable(options.json.parent, "Choose another --json.")
     rows = []
     for name in subjects() if options.subject == "all" else [options.subject]:
         with tempfile.TemporaryDirectory(prefix="fmri-flow-bench-", dir=options.scratch) as scratch:
