@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import exit_on_input_error
+from trainer.errors import InputError, exit_on_input_error
+from trainer.run.files import check_writable, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are imported as tools.benches, from wherever this is started
@@ -37,13 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scratch", type=Path, help="folder for made data (default: among the temporary files)")
     options = parser.parse_args(argv)
     benches = importlib.import_module("tools.benches")
+    if options.json:  # before minutes of measuring
+        if options.json.is_dir():
+            raise InputError(options.json, "is a folder", fix="Choose another --json.")
+        check_writable(options.json.parent, "Choose another --json.")
     rows = []
     for name in subjects() if options.subject == "all" else [options.subject]:
         with tempfile.TemporaryDirectory(prefix="fmri-flow-bench-", dir=options.scratch) as scratch:
             rows += importlib.import_module(f"tools.benches.{name}").measure(Path(scratch))
     print(benches.table(rows))
     if options.json:
-        options.json.write_text(json.dumps(benches.as_json(rows), indent=1) + "\n")
+        write_whole(options.json, json.dumps(benches.as_json(rows), indent=1) + "\n")
     return 0
 
 

@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from trainer.errors import InputError, exit_on_input_error
+from trainer.run.files import check_writable
 
 TR = 1.49
 SUBJECTS = (1, 2, 3, 5)
@@ -315,10 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise InputError(options.out, "exists", expected="a new or empty folder", fix="Choose another --out.")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(options.out, f"cannot be written: {error.strerror}") from error
+    check_writable(options.out, "Choose another --out.")
     print("\n".join(_lines(generate(options.out, options.seed, options.tiny))))
     return 0
 

@@ -126,9 +126,8 @@ def _add_watch(commands: Commands) -> None:
 
 def _add_report(commands: Commands) -> None:
     report = commands.add_parser("report", help="write a page with all figures about one or several runs")
-    report.add_argument(
-        "runs", type=Path, nargs="+", metavar="DIR", help="run directories; the page goes into the first"
-    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="run directories")
+    report.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the page (default: the first run)")
     report.set_defaults(run_command=_report)
 
 
@@ -211,5 +210,5 @@ def _watch(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from trainer.evaluation.report import write_report
 
-    print(f"report: {write_report(arguments.runs)}")
+    print(f"report: {write_report(arguments.runs, arguments.out)}")
     return 0

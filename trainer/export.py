@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer import __version__
@@ -55,8 +54,7 @@ def export(run: RunDirectory, out: Path, stage: int | None = None) -> None:
             "config": _without_paths(chosen.config).model_dump(mode="json"),
         }
         folder.mkdir()
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # safetensors lets nobody else read what it writes
+        checkpoint.write_tensors(folder / WEIGHTS, weights, {"format": "pt"})
         write_json(folder / CONFIG, facts)
         write_whole(folder / "README.md", model_card(run.path.resolve().name, facts, _scores(chosen)))
     say(f"{out}: stage {chosen.stage}, step {chosen.step}, {sum(t.numel() for t in weights.values())} numbers")

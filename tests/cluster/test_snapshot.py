@@ -54,6 +54,17 @@ def test_a_copy_is_taken_once_and_runs(tmp_path: Path) -> None:
     assert out.split() == [str(taken), str(code.code().git_commit), code.sha256()]
 
 
+def test_a_copy_of_a_private_checkout_is_readable_by_whom_the_run_is(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "trainer" / "a.py").chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        take(tmp_path / "run", root=checkout)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
+    assert modes == {"code": 0o755, "trainer": 0o755, "a.py": 0o644, "snapshot.json": 0o644}
+
+
 def test_a_copy_is_not_taken_of_itself(checkout: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     taken = take(run, root=checkout)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,16 @@ def test_the_runs_of_subjects_share_a_stage_1_that_need_not_be_there_yet(
     (tmp_path / "subject_1" / "stage1").mkdir()
     with pytest.raises(InputError, match=r"subject_1/stage1: is not the stage 1 of the run around it"):
         subjects(config, tmp_path)
+
+
+def test_a_file_system_without_symbolic_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    expected = "subject_1/stage1: cannot be made as a symbolic link: Operation not permitted. Choose a --run on"
+    with pytest.raises(InputError, match=expected):
+        link_stage1(tmp_path, [Element("subject_1", ())])
 
 
 def test_stage_2_of_one_subject_stands_on_the_stage_1_of_all(

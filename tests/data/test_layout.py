@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.conftest import LAYOUT
+from tests.permissions import bound_by_modes
 from trainer.data.layout import RunGroups, find_files, load_layout, pattern_regex
 from trainer.errors import InputError
 
@@ -48,6 +49,27 @@ def test_all_seen_stems_of_feature_files_give_their_run(tmp_path: Path, name: st
     known = {"model": "whisper", "series": name.split("/")[0]}
     runs = {f["run"] for pattern in layout.feature_files for _, f in find_files(tmp_path, pattern, known)}
     assert {"s01e01a", "figures01", "chaplin1"} & runs
+
+
+@pytest.mark.parametrize("mode", [0, 0o444, 0o311])
+@pytest.mark.parametrize("closed", ["s1", "s1/deep"])
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path: Path, closed: str, mode: int) -> None:
+    for subject in ("s1", "s2"):
+        (tmp_path / subject / "deep").mkdir(parents=True)
+        (tmp_path / subject / "deep" / "x.h5").touch()
+    assert len(list(find_files(tmp_path, "{subject}/*/{run}.h5", {}))) == 2
+    (tmp_path / closed).chmod(mode)
+    with bound_by_modes(), pytest.raises(PermissionError, match=str(tmp_path / closed)):
+        list(find_files(tmp_path, "{subject}/*/{run}.h5", {}))
+    (tmp_path / closed).chmod(0o755)
+
+
+def test_a_folder_that_is_only_passed_through_need_not_be_listed(tmp_path: Path) -> None:
+    (tmp_path / "s1" / "deep").mkdir(parents=True)
+    (tmp_path / "s1" / "deep" / "x.h5").touch()
+    (tmp_path / "s1").chmod(0o311)
+    with bound_by_modes():
+        assert [f["run"] for _, f in find_files(tmp_path, "s1/deep/{run}.h5", {})] == ["x"]
 
 
 def test_files_are_found_through_a_linked_folder(tmp_path: Path) -> None:

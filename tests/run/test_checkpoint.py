@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -244,6 +245,27 @@ def test_pruning_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, keep_last=2, keep=[1, None])
     assert checkpoint.steps(tmp_path) == [1, 5, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000005", "step_00000006"]
+
+
+def test_a_checkpoint_that_the_file_system_keeps_is_left_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a share of Windows does while a worker reads it, or a sticky folder of another user's."""
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, some(1.0))
+    real = Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        if path.name == "step_00000001":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    for _ in range(2):
+        checkpoint.prune(tmp_path, keep_last=1, keep=[])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000001", "step_00000003"]
+    said = capsys.readouterr().err
+    assert said == f"warning: {tmp_path}/step_00000001 cannot be deleted: Device or resource busy\n"
 
 
 def test_a_reader_of_a_checkpoint_that_is_pruned_reads_on_and_a_writer_is_left_alone(tmp_path: Path) -> None:

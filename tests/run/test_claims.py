@@ -10,14 +10,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from tests.links import NO_LINKS, refuse
+from tests.permissions import bound_by_modes
 from tests.pipes import line, tell
+from trainer.errors import InputError
 from trainer.run import claims
 from trainer.run.alive import Owner
 from trainer.run.claims import Claim, ClaimLost, Claims
@@ -35,7 +40,7 @@ claim = mine.take(sys.argv[2])
 print("none" if claim is None else "taken", flush=True)
 sys.stdin.readline()
 """
-Start = Callable[[], subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +54,8 @@ def process(tmp_path: Path) -> Iterator[Start]:
     """Starts processes that try to claim as soon as they are given a line."""
     processes = []
 
-    def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", CLAIM, str(tmp_path), NAME]
+    def start(links: bool = True) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", CLAIM if links else NO_LINKS + CLAIM, str(tmp_path), NAME]
         processes.append(subprocess.Popen(command, stdin=-1, stdout=-1, text=True))
         assert line(processes[-1]) == "ready"
         return processes[-1]
@@ -114,11 +119,12 @@ def test_a_claim_is_one_processs_until_it_is_released(tmp_path: Path) -> None:
     taken(other).release()
 
 
+@pytest.mark.parametrize("links", [4, 2, 0], ids=["hard links", "hard links for half of them", "no hard links"])
 @pytest.mark.parametrize("dead", [0, 7], ids=["free", "the seventh owner is dead"])
-def test_of_those_that_try_at_once_one_claims(tmp_path: Path, process: Start, dead: int) -> None:
+def test_of_those_that_try_at_once_one_claims(tmp_path: Path, process: Start, dead: int, links: int) -> None:
     if dead:
         write_json(tmp_path / f"{NAME}.{dead}.json", {**a_dead_owner(), "count": 3})
-    processes = [process() for _ in range(4)]
+    processes = [process(links=i < links) for i in range(4)]
     for each in processes:
         tell(each)
     assert sorted(line(each) for each in processes) == ["none", "none", "none", "taken"]
@@ -158,6 +164,48 @@ def test_a_claim_that_is_no_json_is_dead_when_it_stays_so(tmp_path: Path) -> Non
     assert mine.take(NAME) is None
     with taken_in_time(mine):
         assert files(tmp_path) == [f"{NAME}.4.json"]
+
+
+def test_a_claim_that_is_being_made_is_not_taken_from_its_slow_maker(tmp_path: Path) -> None:
+    """Without hard links a claim is there before its text is."""
+    path = tmp_path / f"{NAME}.1.json"
+    path.touch()
+    mine = Claims(tmp_path)
+    assert mine.take(NAME) is None
+    elsewhere(tmp_path, 1)
+    for count in range(10):
+        assert mine.take(NAME) is None
+        elsewhere(tmp_path, 1, count)
+        time.sleep(0.1)
+    assert files(tmp_path) == [path.name]
+
+
+def test_a_maker_that_was_taken_for_dead_before_it_had_written_has_lost_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It slept between the two steps by which a claim is made without hard links."""
+    monkeypatch.setattr(os, "link", refuse)
+    flush = os.fsync
+
+    def overtaken(descriptor: int) -> None:
+        if (tmp_path / f"{NAME}.1.json").exists():
+            (tmp_path / f"{NAME}.1.json").unlink()
+            elsewhere(tmp_path, 2)
+            monkeypatch.setattr(os, "fsync", flush)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    claim = taken(Claims(tmp_path))
+    with claim, pytest.raises(ClaimLost):
+        claim.check()
+    assert files(tmp_path) == [f"{NAME}.2.json"]
+    assert json.loads((tmp_path / f"{NAME}.2.json").read_text())["host"] == "node7"
+
+
+def test_a_folder_of_claims_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with bound_by_modes(), pytest.raises(InputError, match=f"^{tmp_path}: cannot be written: Permission denied. Who"):
+        Claims(tmp_path).take(NAME)
 
 
 def test_an_owner_that_was_taken_for_dead_learns_it_and_leaves_the_next_ones_claim_alone(tmp_path: Path) -> None:
@@ -216,9 +264,19 @@ class Host:
         self.held: dict[str, Claim] = {}
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.sampled_from(["take", "release", "die"]))))
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.sampled_from(["take", "release", "die"]))),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
-def test_whatever_workers_do_a_piece_of_work_has_one_living_owner(events: list[tuple[int, str, str]]) -> None:
+def test_whatever_workers_do_a_piece_of_work_has_one_living_owner(
+    events: list[tuple[int, str, str]], links: bool
+) -> None:
+    with nullcontext() if links else patch.object(os, "link", refuse):
+        work(events)
+
+
+def work(events: list[tuple[int, str, str]]) -> None:
     folder = Path(tempfile.mkdtemp())
     hosts = [Host(folder, number) for number in range(3)]
     owners: dict[str, Host] = {}
@@ -235,11 +293,11 @@ def test_whatever_workers_do_a_piece_of_work_has_one_living_owner(events: list[t
             host.held.pop(name).release()
             del owners[name]
         elif what == "die":
-            for work, claim in host.held.items():
+            for piece, claim in host.held.items():
                 claim._pulse.stop()
                 write_json(claim._path, {**a_dead_owner(), "count": 9})
-                del owners[work]
-                orphans.add(work)
+                del owners[piece]
+                orphans.add(piece)
             hosts[number] = Host(folder, number)
     for host in hosts:
         for claim in host.held.values():

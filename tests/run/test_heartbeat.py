@@ -16,6 +16,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from tests.links import NO_LINKS
 from tests.pipes import line, tell
 from trainer.errors import InputError
 from trainer.run import heartbeat
@@ -40,7 +41,7 @@ try:
 except InputError as error:
     print(error, flush=True)
 """
-Start = Callable[[], subprocess.Popen[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +56,9 @@ def training(tmp_path: Path) -> Iterator[Start]:
     """Starts processes that train in `tmp_path` as soon as they are given a line."""
     processes = []
 
-    def start() -> subprocess.Popen[str]:
-        process = subprocess.Popen([sys.executable, "-c", TRAIN, str(tmp_path)], stdin=-1, stdout=-1, text=True)
+    def start(links: bool = True) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", TRAIN if links else NO_LINKS + TRAIN, str(tmp_path)]
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
         processes.append(process)
         assert line(process) == "ready"
         return process
@@ -98,14 +100,51 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path: Path, 
     assert json.loads((tmp_path / "starts" / "2.json").read_text())["world"] == 1
 
 
-def test_of_those_that_start_at_once_one_trains(tmp_path: Path, training: Start) -> None:
-    processes = [training() for _ in range(4)]
+@pytest.mark.parametrize("links", [4, 2, 0], ids=["hard links", "hard links for half of them", "no hard links"])
+def test_of_those_that_start_at_once_one_trains(tmp_path: Path, training: Start, links: int) -> None:
+    processes = [training(links=i < links) for i in range(4)]
     for process in processes:
         tell(process)
     answers = sorted(line(process) for process in processes)
     assert answers[-1] == "begun"
     assert all("another training runs there" in answer for answer in answers[:-1])
     assert [path.name for path in (tmp_path / "starts").iterdir()] == ["1.json"]
+
+
+def test_a_start_whose_maker_died_before_it_had_written_is_followed_when_it_stays_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without hard links a start is there before its text is."""
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "1.json").touch()
+    assert holder(tmp_path, patience_s=0) is not None, "who does not wait must take it for living"
+    assert begin(tmp_path, {}) == 2
+    assert "waiting up to 1 s for a sign of life of process 0 on a host that has not said its name" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_start_that_is_being_made_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "1.json").touch()
+    writer = threading.Timer(0.2, lambda: elsewhere(tmp_path, 1))
+    writer.start()
+    found = holder(tmp_path)
+    writer.join()
+    assert found is not None and found["host"] == "node7"
+
+
+def test_a_training_holds_its_directory_whatever_the_file_system_says_of_inodes_and_times(tmp_path: Path) -> None:
+    """FUSE mounts and FAT number a file anew when nobody has looked at it for a while."""
+    with Heartbeat(tmp_path, begin(tmp_path, {})) as pulse:
+        path = tmp_path / "starts" / "1.json"
+        text = path.read_text()
+        (tmp_path / "starts" / ".copy").write_text(text)
+        (tmp_path / "starts" / ".copy").replace(path)
+        os.utime(path, (1, 1))
+        count = json.loads((tmp_path / "heartbeat.json").read_text())["count"]
+        until(lambda: json.loads((tmp_path / "heartbeat.json").read_text())["count"] > count + 2)
+        assert not pulse.superseded
 
 
 def test_a_training_that_has_ended_is_followed_at_once(tmp_path: Path, training: Start) -> None:

@@ -100,10 +100,18 @@ def appear(stage: StageDirectory, step: int) -> float:
 def add_checkpoint(stage: StageDirectory, step: int) -> None:
     """Another checkpoint of the same weights, which are linked."""
     aside, source = stage.checkpoints / ".aside", checkpoint.folder_of(stage.checkpoints, 1)
-    shutil.copytree(source, aside, copy_function=os.link, ignore=shutil.ignore_patterns("meta.json"))
+    shutil.copytree(source, aside, copy_function=_linked, ignore=shutil.ignore_patterns("meta.json"))
     meta = json.loads((source / "meta.json").read_text())
     (aside / "meta.json").write_text(json.dumps({**meta, "step": step}))
     aside.rename(checkpoint.folder_of(stage.checkpoints, step))
+
+
+def _linked(source: str, target: str) -> None:
+    """Link a file, or copy it where the scratch folder's file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def wait_for_scores(stage: StageDirectory, step: int) -> None:

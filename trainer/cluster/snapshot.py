@@ -66,7 +66,7 @@ def _replace(target: Path, now: Code, root: Path) -> None:
         for path in files(root):
             copied = aside / path.relative_to(root)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copied)
+            shutil.copyfile(path, copied)  # readable by whom the run is, whoever may read the checkout
         now.write(aside)
         if target.exists():
             target.rename(old)

@@ -176,12 +176,20 @@ def subjects(config: Config, run: Path) -> list[Element]:
 
 
 def link_stage1(run: Path, chosen: Sequence[Element]) -> None:
-    """Make the folders of the subjects' runs; the stage 1 of each is that of `run`, which need not be trained yet."""
+    """Make the folders of the subjects' runs; the stage 1 of each is that of `run`, which need not be trained yet.
+
+    Raises:
+        InputError: the file system has no symbolic links, or refuses one here.
+    """
     for element in chosen:
         link = run / element.name / "stage1"
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
-            link.symlink_to(Path("..") / "stage1", target_is_directory=True)
+            try:
+                link.symlink_to(Path("..") / "stage1", target_is_directory=True)
+            except OSError as error:
+                fix = "Choose a --run on a file system with symbolic links: each subject's stage 1 is the run's."
+                raise InputError(link, f"cannot be made as a symbolic link: {error.strerror}", fix=fix) from error
 
 
 # The table of scores

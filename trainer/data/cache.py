@@ -228,6 +228,8 @@ def _download(url: str, path: Path) -> str:
             for block in _blocks(stream, url):
                 digest.update(block)
                 file.write(block)
+            file.flush()
+            os.fsync(file.fileno())  # only its size is compared from now on
     except BaseException:
         process = getattr(stream, "proc", None)
         if process is not None:

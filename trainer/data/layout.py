@@ -12,6 +12,7 @@ import difflib
 import functools
 import glob
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,11 +67,29 @@ def find_files(root: Path, pattern: str, known: Mapping[str, str]) -> Iterator[t
     pieces = [(piece[1:-1], "") if piece[:1] == "[" else (piece,) for piece in re.split(r"(\[[^\]]*\])", wide)]
     shapes = {"".join(chosen) for chosen in itertools.product(*pieces)}
     # glob, since Path.glob does not walk into linked folders, and people link their features.
+    for shape in shapes:
+        _check_readable(root, shape)
     names = {name for shape in shapes for name in glob.iglob(shape, root_dir=root, recursive=True)}  # noqa: PTH207
     for name in sorted(names):
         match = pattern_regex(filled).fullmatch(name)
         if match:
             yield root / name, {**known, **{k: v for k, v in match.groupdict().items() if v is not None}}
+
+
+def _check_readable(root: Path, shape: str) -> None:
+    """Raise PermissionError for a folder below `root` that glob would have to enter or list and cannot.
+
+    glob passes over such a folder in silence, and the runs in it would be missing.
+    """
+    parts = shape.split("/")
+    for depth, part in enumerate(parts):
+        above = "/".join(parts[:depth])
+        for name in glob.iglob(above, root_dir=root, recursive=True) if above else [""]:  # noqa: PTH207
+            folder = root / name
+            if folder.is_dir():
+                os.stat(f"{folder}/.")  # noqa: PTH116  (pathlib drops the dot, and so asks the folder above)
+                if glob.has_magic(part):
+                    os.scandir(folder).close()
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,8 @@ class Shards:
             if os.fstat(file.fileno()).st_ino != self._seen[self._path(shard).name]:
                 fix = "The shards have been built again: run the command again."
                 raise InputError(self._path(shard), "was replaced while it was in use", fix=fix)
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            # FUSE mounts with direct I/O have no shared maps; one that is only read needs none
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         self._files[shard] = mapped, np.frombuffer(mapped, np.uint8)
         return self._files[shard]
 

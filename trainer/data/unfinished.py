@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from trainer.data.manifest import (
     MANIFEST,
@@ -88,7 +88,7 @@ class WorkFolder:
             for f in fields(moments)
         }
         aside = self.records / f".{name}"
-        save_file(tensors, aside, metadata={"document": json.dumps(document)})
+        aside.write_bytes(save(tensors, {"document": json.dumps(document)}))  # `save_file` lets nobody else read it
         aside.rename(self.records / name)
 
     def finished(self, name: str) -> ShardResult | None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from trainer.run.files import whole
+from trainer.scoring.records import write_array
 
 INK, MUTED, RULE = "#1d2126", "#666d77", "#d6d9de"
 BLUE, VERMILLION, GREEN, PURPLE = "#0072b2", "#d55e00", "#009e73", "#aa4499"
@@ -126,15 +127,15 @@ def line_style(index: int) -> dict[str, Any]:
 
 def save(drawing: Drawing, folder: Path) -> list[Path]:
     """Write NAME.png (300 dpi), NAME.pdf and the numbers as NAME.csv and NAME[-suffix].npy; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     settle(drawing.figure)
     stem = folder / drawing.name
     paths = [save_figure(drawing.figure, stem.with_name(f"{stem.name}.{kind}")) for kind in ("png", "pdf")]
     if drawing.columns:
-        paths.append(_whole(stem.with_name(f"{stem.name}.csv"), partial(_write_csv, columns=drawing.columns)))
+        paths.append(_write_csv(stem.with_name(f"{stem.name}.csv"), drawing.columns))
     for suffix, array in drawing.arrays.items():
         name = f"{stem.name}-{suffix}.npy" if suffix else f"{stem.name}.npy"
-        paths.append(_whole(stem.with_name(name), partial(_write_array, array=array)))
+        paths.append(stem.with_name(name))
+        write_array(paths[-1], array)
     return paths
 
 
@@ -149,8 +150,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure in the format that the path ends with; the same drawing gives the same bytes."""
     metadata = {".pdf": {"CreationDate": None}, ".png": {"Software": None}}[path.suffix]
     form = path.suffix[1:]
-    with style():
-        return _whole(path, lambda aside: figure.savefig(aside, format=form, metadata=metadata))
+    with style(), whole(path) as aside:
+        figure.savefig(aside, format=form, metadata=metadata)
+    return path
 
 
 def as_svg(drawing: Drawing) -> str:
@@ -204,24 +206,9 @@ def _with_palette(png: bytes) -> str:
     return base64.b64encode(min(small.getvalue(), png, key=len)).decode()
 
 
-def _write_csv(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
-    with path.open("w", newline="") as file:
+def _write_csv(path: Path, columns: Mapping[str, Sequence[Any] | np.ndarray]) -> Path:
+    with whole(path) as aside, aside.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip_longest(*columns.values(), fillvalue=""))
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> Path:
-    """Let a file appear whole: written aside, then renamed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path

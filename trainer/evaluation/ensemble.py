@@ -9,7 +9,6 @@ BOLD is absent from the choosing set takes the checkpoints that are best for the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,12 @@ from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.progress import say, watched
 from trainer.run import checkpoint
-from trainer.run.directory import RunDirectory, StageDirectory, write_json
+from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.run.files import check_writable, write_json
 from trainer.scoring.known import open_study, warn
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import estimated, load_predictor
-from trainer.scoring.records import on_other_data, printed, summary
+from trainer.scoring.records import on_other_data, printed, summary, write_array
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def ensemble(runs: Sequence[RunDirectory], set_name: str, choose_on: str, best: 
     Raises:
         InputError: the two sets share TRs, or a model was trained on the scored one; the runs differ in subjects,
             parcels, sets, their BOLD or its scaling; shards hold other data than a run or a score has seen; no
-            checkpoint has been scored on `choose_on`; no such run or set.
+            checkpoint has been scored on `choose_on`; no such run or set; the first
+            run cannot be written.
     """
     if best < 1:
         raise InputError("--best", "", found=best, expected="1 or more")
@@ -75,6 +76,7 @@ def ensemble(runs: Sequence[RunDirectory], set_name: str, choose_on: str, best: 
     for candidate in found:
         trained_on = candidate.study.training_spans(refit=candidate.refit)
         candidate.study.check_apart(set_name, f"what {candidate} was trained on", trained_on)
+    check_writable(runs[0].path / "ensemble", "Name a run first that you may write to: the first keeps the scores.")
     chosen = choose(np.stack([candidate.r for candidate in found]), best)
     correlation, alone = _score(found, chosen, study, set_name)
     content = _content(found, chosen, correlation, alone, (set_name, choose_on, best))
@@ -260,11 +262,7 @@ def _finite(value: float) -> float | None:
 
 def _write(stem: Path, correlation: Correlation, content: dict[str, Any]) -> None:
     """The r of every subject and parcel, then what says that it is there."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    aside = stem.with_name(f".{stem.name}.npy.{os.getpid()}")
-    with aside.open("wb") as file:
-        np.save(file, correlation.r)
-    aside.replace(stem.with_suffix(".npy"))
+    write_array(stem.with_suffix(".npy"), correlation.r)
     write_json(stem.with_suffix(".json"), content)
 
 

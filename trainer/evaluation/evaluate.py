@@ -14,6 +14,7 @@ from trainer.evaluation.worker import sets_of
 from trainer.progress import listening, say
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.run.files import check_writable
 from trainer.run.processes import make_processes
 from trainer.run.watchdog import Watchdog
 from trainer.scoring.known import open_study, warn
@@ -28,7 +29,7 @@ def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence
     `all`, a damaged one is recorded and passed over.
 
     Raises:
-        InputError: no such checkpoint or set, or the checkpoint is damaged.
+        InputError: no such checkpoint or set, the checkpoint is damaged, or the run cannot be written.
     """
     config = load_stored(run.stage(stages[0]).config)
     processes = make_processes(precision="no", deterministic=config.deterministic, timeout_s=config.timeout_s)
@@ -45,6 +46,7 @@ def _evaluate_stage(run: RunDirectory, number: int, step: str, sets: Sequence[st
     refitted = step == "best" and stage.finished() is not None and study.config.train.refit
     part = Part(run, number, refit=refitted)
     named = _named(study, sets, refit=refitted)
+    processes.first(partial(check_writable, part.directory.scores, "Who scores a run writes into its directory."))
     for each in processes.first(partial(_steps, part.directory, step, study.config.val_set_name)):
         why = score_if_whole(part.directory, number, each, study, named, processes)
         if why is None:

@@ -1,7 +1,7 @@
 """Checkpoints that the training may delete, replace or still be writing while somebody scores them.
 
-A checkpoint that is scored is held: hard links to its files stand beside it, under a name that the training does not
-touch, until all processes have read them. So they see the same bytes, or none.
+A checkpoint that is scored is held: hard links to its files (copies, where the file system gives none) stand beside it,
+under a name that the training does not touch, until all processes have read them. So they see the same bytes, or none.
 
     checkpoints/.scored.step_00000500-val.12/step_00000500/
 """
@@ -19,6 +19,7 @@ from trainer.errors import InputError
 from trainer.progress import say
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
+from trainer.run.files import naming
 from trainer.scoring.score import score_checkpoint
 from trainer.scoring.shares import Ranks, in_order
 
@@ -31,6 +32,9 @@ def hold(folder: Path, name: str) -> Path | None:
     """Hold what predicts of a checkpoint, for the piece of work `name`; the folder that then stands for `checkpoints`.
 
     What a killed worker held for the same piece is let go; None where the checkpoint is gone.
+
+    Raises:
+        OSError: it cannot be read, or nothing can be written beside it.
     """
     let_go_of(folder.parent, name)
     held = folder.parent / f".scored.{name}.{os.getpid()}"
@@ -39,17 +43,35 @@ def hold(folder: Path, name: str) -> Path | None:
         try:
             (held / folder.name).mkdir(parents=True)
             for file in _PREDICT.intersection(os.listdir(source)):  # noqa: PTH208  (pathlib lists no descriptor)
-                os.link(file, held / folder.name / file, src_dir_fd=source)
+                _keep(file, source, held / folder.name / file)
         finally:
             os.close(source)
     except FileNotFoundError:
         let_go(held)
         return None
+    except BaseException:
+        let_go(held)
+        raise
     return held
 
 
+def _keep(file: str, source: int, kept: Path) -> None:
+    """Link a file of the opened folder `source`, or copy it where links are refused.
+
+    A file system may have none, or the kernel refuse them for another user's files (fs.protected_hardlinks).
+    """
+    try:
+        os.link(file, kept, src_dir_fd=source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        original = os.open(file, os.O_RDONLY, dir_fd=source)
+        with os.fdopen(original, "rb") as reader, naming(kept, kept), kept.open("xb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+
+
 def let_go(held: Path) -> None:
-    """Remove the links to a held checkpoint."""
+    """Remove the links to a held checkpoint, or its copies."""
     shutil.rmtree(held, ignore_errors=True)
 
 

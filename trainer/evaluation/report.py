@@ -21,7 +21,7 @@ from trainer.evaluation.drawing import Drawing, as_png_uri, as_svg, save
 from trainer.evaluation.results import RunResults, read_results
 from trainer.evaluation.sections import Section, lead, sections
 from trainer.progress import progress
-from trainer.run.files import write_whole
+from trainer.run.files import check_writable, write_whole
 from trainer.scoring.atlas import networks
 
 
@@ -29,7 +29,7 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Write report.html and figures/ into a folder, which is the first run if not given; returns the page's path.
 
     Raises:
-        InputError: a path is no run, or is given twice.
+        InputError: a path is no run, or is given twice; the folder cannot be written.
     """
     for path in paths:
         if not path.is_dir():
@@ -39,8 +39,9 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
     for run in runs.values():
         if not run.stages:
             raise InputError(run.path, "holds no training", expected="a run directory with stage1/")
-    content = sections(runs, networks_of(runs[labels[0]]))
     folder = out or paths[0]
+    check_writable(folder, "Give another --out." if out else "Give --out FOLDER to write the report elsewhere.")
+    content = sections(runs, networks_of(runs[labels[0]]))
     pictures = _save(content, folder / "figures")
     page = folder / "report.html"
     write_whole(page, render(runs, content, pictures, time.time()))

@@ -23,7 +23,7 @@ from trainer.evaluation import same_data
 from trainer.evaluation.curves import Curves, Points
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
-from trainer.run.files import read_object
+from trainer.run.files import names, read_object
 from trainer.run.status import StageStatus, read_facts, stage_status
 from trainer.scoring.known import known_data
 
@@ -152,15 +152,17 @@ class _Reader:
 
     def get(self, read: Callable[[Path], Value], path: Path) -> Value | None:
         """What is read from a path, or None; and a note, where something is there that cannot be read."""
-        if not path.exists():
-            return None
         try:
-            return read(path)
+            return read(path) if path.exists() else None
         except InputError as error:
             self.notes.append(str(error))
         except _UNREADABLE as error:
             self.notes.append(f"{path}: cannot be read: found {type(error).__name__}: {error}")
         return None
+
+    def listed(self, folder: Path, ending: str) -> list[Path]:
+        """The files of a folder whose names end so, in the order of their names."""
+        return [folder / name for name in sorted(self.get(names, folder) or ()) if name.endswith(ending)]
 
     def array(self, path: Path, dimensions: int = 2) -> np.ndarray | None:
         """A .npy of so many axes."""
@@ -188,7 +190,7 @@ def read_results(path: Path) -> RunResults:
     file = run.stage(max(started, default=1)).config
     config = reader.get(load_stored, file)
     stages = {number: _read_stage(run, number, config, reader) for number in started}
-    files = [file for file in sorted((path / "ceilings").glob("*.npy")) if not file.stem.endswith("-isc")]
+    files = [file for file in reader.listed(path / "ceilings", ".npy") if not file.stem.endswith("-isc")]
     ceilings = {file.stem: reader.array(file) for file in files}
     known = reader.get(lambda _: known_data(run.stage(max(started))), path) if started else None
     manifest = _read_manifest(config.data.shards) if config else None
@@ -251,7 +253,7 @@ def _read_stage(run: RunDirectory, number: int, config: Config | None, reader: _
 def _scores(directory: StageDirectory, reader: _Reader) -> list[tuple[Path, dict[str, Any]]]:
     """The score files with their paths; other files of the folder (of a distribution, say) are no scores."""
     wanted = {"step", "set", "estimate", "subjects"}
-    read = [(path, reader.get(read_object, path)) for path in sorted(directory.scores.glob("*.json"))]
+    read = [(path, reader.get(read_object, path)) for path in reader.listed(directory.scores, ".json")]
     return [(path, score) for path, score in read if score is not None and wanted <= score.keys()]
 
 
@@ -296,7 +298,7 @@ def _points(log: Sequence[Mapping[str, Any]], kind: str, key: str) -> Points:
 
 
 def _read_starts(directory: StageDirectory, reader: _Reader) -> list[dict[str, Any]]:
-    paths = [path for path in (directory.path / "starts").glob("*.json") if path.stem.isdigit()]
+    paths = [path for path in reader.listed(directory.path / "starts", ".json") if path.stem.isdigit()]
     paths.sort(key=lambda path: int(path.stem))
     read = [(path, reader.get(read_object, path)) for path in paths]
     return [{**start, "start": int(path.stem)} for path, start in read if start is not None]

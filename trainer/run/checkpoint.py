@@ -10,13 +10,14 @@ both are functions of what lies there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from trainer.errors import InputError
+from trainer.run.files import to_disk, whole, write_whole
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `status` only asks what lies here
     import torch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `status` only asks what 
 FORMAT = 1
 MODEL, MOMENTS, EMA = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
 _NAME = re.compile(r"step_(\d{8})$")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -79,29 +82,43 @@ def save(checkpoints: Path, step: int, checkpoint: Checkpoint) -> Path:
             final.rename(old)
         aside.rename(final)
         shutil.rmtree(old, ignore_errors=True)
-        _to_disk(checkpoints)
-    except (OSError, SafetensorError) as error:
+        to_disk(checkpoints)
+    except OSError as error:
         fix = "Older checkpoints are whole: make room and continue with --resume."
-        raise InputError(final, f"cannot be written: {error}", fix=fix) from error
+        raise InputError(final, f"cannot be written: {error.strerror}", fix=fix) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
 def _write_files(folder: Path, step: int, checkpoint: Checkpoint) -> None:
-    from safetensors.torch import save_file
-
     parts = {MODEL: checkpoint.model, MOMENTS: checkpoint.moments, EMA: checkpoint.ema}
     sums = {}
     for name, tensors in parts.items():
         if tensors or name != EMA:
-            save_file(_storable(tensors), folder / name)
-            # before it is flushed: what was just written is read back from memory
-            sums[name] = sha256(folder / name)
+            sums[name] = write_tensors(folder / name, _storable(tensors))
     meta = {**checkpoint.meta, "step": step, "format": FORMAT, "sha256": sums}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    for path in folder.iterdir():
-        _to_disk(path)
+    write_whole(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    to_disk(folder)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file whole; returns its SHA-256.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    with whole(path) as aside:
+        try:
+            save_file(tensors, aside, metadata=metadata)
+        except SafetensorError as error:
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        return sha256(aside)  # before it is flushed: what was just written is read back from memory
 
 
 class Writer:
@@ -224,10 +241,8 @@ def copy_weights(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     names = [name for name in (MODEL, EMA) if name in meta["sha256"]]
     for name in (*names, "meta.json"):  # meta.json last: where it is, the weights are
-        aside = target / f".{name}.{os.getpid()}"
-        shutil.copyfile(source / name, aside)
-        _to_disk(aside)
-        aside.replace(target / name)
+        with whole(target / name) as aside:
+            shutil.copyfile(source / name, aside)
 
 
 def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -277,15 +292,20 @@ def prune(checkpoints: Path, *, keep_last: int, keep: Iterable[int | None]) -> N
     """Delete all but the newest `keep_last` checkpoints and those of the steps in `keep`.
 
     One that is being written has no name yet and is left alone; one that somebody reads goes on to be readable to who
-    has opened it, and is missing, not torn, to who opens it now.
+    has opened it, and is missing, not torn, to who opens it now. One that cannot be deleted is left, with a warning.
     """
     kept = {*steps(checkpoints)[-keep_last:], *keep}
     for step in steps(checkpoints):
         if step not in kept:
             folder = folder_of(checkpoints, step)
-            doomed = tempfile.mkdtemp(prefix=f".{folder.name}.doomed.", dir=checkpoints)
-            with contextlib.suppress(FileNotFoundError):  # another thread replaces it
+            doomed = checkpoints / f".{folder.name}.doomed.{secrets.token_hex(4)}"
+            try:
                 folder.rename(doomed)
+            except FileNotFoundError:  # another thread replaces it
+                continue
+            except OSError as error:
+                _warn(f"{folder} cannot be deleted: {error.strerror}")
+                continue
             shutil.rmtree(doomed, ignore_errors=True)  # NFS keeps the folder while a file in it is open
 
 
@@ -307,9 +327,7 @@ def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return storable
 
 
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@functools.cache
+def _warn(line: str) -> None:
+    """Print a warning, once."""
+    print(f"warning: {line}", file=sys.stderr)

@@ -2,17 +2,18 @@
 
     claims/step_00000500-val.2.json    the second claim on one piece: host, process, and a counter that advances
 
-A hard link makes a claim, so exactly one process has the n-th; the newest counts. One whose owner is dead (its process
-is gone from this machine, or its counter stands still for `STALE_AFTER_S` of our clock: clocks of other hosts are never
-trusted) is taken over by making the next number. An owner that finds itself overtaken (it slept, its disk hung) has
-lost the claim and must write nothing more. A released claim leaves no file.
+One process alone can make a file (`files.write_new`), so exactly one has the n-th claim; the newest counts. One whose
+owner is dead (its process is gone from this machine, or its counter stands still for `STALE_AFTER_S` of our clock:
+clocks of other hosts are never trusted) is taken over by making the next number. An owner that finds itself overtaken
+(it slept, its disk hung) has lost the claim and must write nothing more. A claim without an owner was just made, where
+the file system has no hard links, or its maker died meanwhile: it is one whose counter stands still. A released claim
+leaves no file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 from dataclasses import asdict
@@ -20,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trainer.errors import InputError
 from trainer.run.alive import CounterWatch, Owner, Pulse
-from trainer.run.files import as_json, write_json, write_new
+from trainer.run.files import as_json, names, write_json, write_new
 
 BEAT_EVERY_S = 5.0
 STALE_AFTER_S = 30.0
@@ -49,6 +51,9 @@ class Claims:
         """The claim on a piece of work, if nobody has it, or who has it is dead.
 
         Where only the counter can tell, it has to be seen standing still: such a claim is taken in a later call.
+
+        Raises:
+            InputError: the folder of claims cannot be written.
         """
         number = _newest(self._folder).get(name, 0)
         if number and self._lives(name, number) is not False:
@@ -83,8 +88,17 @@ class Claim:
         self._pulse = Pulse(self._path, self._beat, BEAT_EVERY_S)
 
     def begin(self) -> bool:
-        """Make the claim, unless another has made one of this number; from then on it beats."""
-        if not write_new(self._path, as_json(self._content())):
+        """Make the claim, unless another has made one of this number; from then on it beats.
+
+        Raises:
+            InputError: the folder of claims cannot be written.
+        """
+        try:
+            made = write_new(self._path, as_json(self._content()))
+        except OSError as error:
+            fix = "Who scores a run writes into its directory."
+            raise InputError(self._path.parent, f"cannot be written: {error.strerror}", fix=fix) from error
+        if not made:
             return False
         with contextlib.suppress(OSError):  # they are overtaken all the same
             self._remove_older()
@@ -148,11 +162,8 @@ def _path(folder: Path, name: str, number: int) -> Path:
 def _newest(folder: Path) -> dict[str, int]:
     """The number of the newest claim on each claimed piece of work."""
     newest: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for file in os.listdir(folder):  # noqa: PTH208  (a poll costs its listings)
-            match = _FILE.fullmatch(file)
-            if match:
-                newest[match["name"]] = max(int(match["number"]), newest.get(match["name"], 0))
+    for match in filter(None, map(_FILE.fullmatch, names(folder))):
+        newest[match["name"]] = max(int(match["number"]), newest.get(match["name"], 0))
     return newest
 
 
@@ -161,6 +172,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text())
         Owner.read(facts)
-    except (ValueError, KeyError, TypeError):  # left by a host that lost power
+    except (ValueError, KeyError, TypeError):  # being made, or left by a host that lost power
         return {}
     return dict(facts)

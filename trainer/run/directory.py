@@ -33,7 +33,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.code import code
-from trainer.run.files import read_object, write_json, write_whole
+from trainer.run.files import check_writable, names, read_object, write_json, write_whole
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "numpy", "h5py", "webdataset", "safetensors")
 _SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST")
@@ -125,7 +125,7 @@ class StageDirectory:
 
         Raises InputError for one that cannot be read: what is best follows from all of them.
         """
-        for path in sorted(self.scores.glob("*.json")):
+        for path in sorted(self.scores / name for name in names(self.scores) if name.endswith(".json")):
             content = read_object(path)
             if "estimate" in content:
                 yield path, content
@@ -178,13 +178,10 @@ class RunDirectory:
             )
         for number in stages if overwrite else ():
             heartbeat.refuse_held(self.stage(number).path)
+        check_writable(self.path, "Choose another --run.")
         try:
             for number in stages if overwrite else ():
                 self._delete(number)
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
         except OSError as error:
             raise InputError(self.path, f"cannot be written: {error.strerror}", fix="Choose another --run.") from error
 

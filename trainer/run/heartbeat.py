@@ -1,6 +1,6 @@
 """Who trains in a stage directory, and whether that training still lives.
 
-    starts/3.json     the third start: its host, process and versions; a hard link makes it, so one process is the third
+    starts/3.json     the third start: its host, process and versions; one process alone can make it (files.write_new)
     heartbeat.json    what the newest start does, every few seconds: step, counter, and at last how it `ended`
 
 The newest start owns the directory for as long as it lives. From the same machine its process is looked for; from
@@ -11,11 +11,12 @@ Where SLURM says that a start is over, since it runs its job again or the next j
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +24,14 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.run.alive import CounterWatch, Owner, Pulse
-from trainer.run.files import as_json, read_object, write_json, write_new
+from trainer.run.files import as_json, names, read_object, write_json, write_new
 
 BEAT_EVERY_S = 5.0
 STALE_AFTER_S = 30.0
 LOOK_EVERY_S = 0.5
+
+_NOBODY = {"host": "a host that has not said its name", "pid": 0}
+"""The owner of a start that was just made, where the file system has no hard links, or whose maker died meanwhile."""
 
 
 class Pace:
@@ -49,21 +53,26 @@ class Pace:
 
 def newest_start(folder: Path) -> int:
     """The number of the newest start in a stage directory; 0 where nobody has started."""
-    return max((int(path.stem) for path in (folder / "starts").glob("*.json") if path.stem.isdigit()), default=0)
+    starts = (name.removesuffix(".json") for name in names(folder / "starts") if name.endswith(".json"))
+    return max((int(start) for start in starts if start.isdigit()), default=0)
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """What the newest start last said of itself; of one that was killed before it said anything, who it is.
 
-    None where nobody has started.
+    None where nobody has started. Raises InputError for a file that cannot be read, or is torn.
     """
+    return _newest_beat(folder, lambda path: read_object(path, "host", "pid"))
+
+
+def _newest_beat(folder: Path, read_start: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any] | None:
     number, path = newest_start(folder), folder / "heartbeat.json"
     if not number:
         return None
     beat = read_object(path) if path.exists() else {}
     if beat.get("start") == number:
         return dict(beat)
-    start = read_object(folder / "starts" / f"{number}.json", "host", "pid")
+    start = read_start(_path_of(folder, number))
     begun = {"step": 0, "total": 0, "title": "", "time": start.get("time", 0.0), "start": number, "count": 0}
     return {**begun, **asdict(Owner.read(start))}
 
@@ -78,13 +87,13 @@ def holder(folder: Path, *, patience_s: float | None = None) -> dict[str, Any] |
     watch = CounterWatch(patience)
     told = False
     while True:
-        beat = read_heartbeat(folder)
+        beat = _newest_beat(folder, _owned)
         if beat is None or "ended" in beat:
             return None
         owner = Owner.read(beat)
         if owner == Owner.this():  # an earlier training of this very process is over
             return None
-        if is_over(_slurm_of(folder, beat["start"]), os.environ):
+        if is_over(_read_start(_path_of(folder, beat["start"])).get("slurm", {}), os.environ):
             return None
         counter = (beat["start"], beat["count"])
         lives = watch.lives(owner, counter, time.monotonic()) if patience else owner.lives()
@@ -116,10 +125,23 @@ def is_over(start: Mapping[str, str], environment: Mapping[str, str]) -> bool:
     return job == environment.get("SLURM_JOB_ID") and restart < int(environment.get("SLURM_RESTART_COUNT") or 0)
 
 
-def _slurm_of(folder: Path, number: int) -> dict[str, str]:
-    """SLURM's variables of a start; none where it was deleted meanwhile."""
-    path = folder / "starts" / f"{number}.json"
-    return dict(read_object(path).get("slurm", {})) if path.exists() else {}
+def _path_of(folder: Path, number: int) -> Path:
+    return folder / "starts" / f"{number}.json"
+
+
+def _owned(path: Path) -> Mapping[str, Any]:
+    """What a start says of itself, or that nobody knows whose it is: its counter will tell whether anyone is there."""
+    return _read_start(path) or _NOBODY
+
+
+def _read_start(path: Path) -> dict[str, Any]:
+    """What a start says of itself; nothing where it is torn or was deleted. Raises OSError: it cannot be read."""
+    try:
+        facts = json.loads(path.read_text())
+        Owner.read(facts)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(facts)
 
 
 def sign_of_life(folder: Path) -> object:
@@ -127,7 +149,7 @@ def sign_of_life(folder: Path) -> object:
 
     For who looks now and then and does not wait: a `CounterWatch` tells how long it has stood still.
     """
-    beat = read_heartbeat(folder)
+    beat = _newest_beat(folder, _owned)
     if beat is None:
         return None
     lives = False if "ended" in beat else Owner.read(beat).lives()
@@ -169,7 +191,7 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> int:
     while True:
         number = newest_start(folder) + 1
         refuse_held(folder)
-        if write_new(folder / "starts" / f"{number}.json", as_json({**facts, **owner})):
+        if write_new(_path_of(folder, number), as_json({**facts, **owner})):
             break  # else another was faster: look at that one
     for left in folder.glob(".heartbeat.json.*"):
         left.unlink(missing_ok=True)  # of killed writers
@@ -186,8 +208,7 @@ class Heartbeat:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.superseded = False
-        self._folder, self._start = folder, start
-        self._mark = _mark(folder, start)
+        self._folder, self._start, self._owner = folder, start, Owner.this()
         self._place: tuple[str, int, int] = ("", 0, 0)
         self._pace, self._count = Pace(), 0
         self._ending: dict[str, Any] = {}
@@ -209,8 +230,7 @@ class Heartbeat:
             self._pulse.beat()
 
     def _beat(self) -> None:
-        self.superseded = self.superseded or _mark(self._folder, self._start) != self._mark
-        self.superseded = self.superseded or newest_start(self._folder) != self._start
+        self.superseded = self.superseded or not self._holds()
         if self.superseded:
             return
         title, step, total = self._place
@@ -218,6 +238,16 @@ class Heartbeat:
         pace = self._pace.saw(title, step, time.monotonic())
         place = {"step": step, "total": total, "title": title, "steps_per_s": pace}
         _write(self._folder, self._start, self._count, {**place, **self._ending})
+
+    def _holds(self) -> bool:
+        """Whether the newest start is this one, and no namesake in a directory that was deleted and made again.
+
+        Its owner tells, since FUSE and FAT give a file another inode, or another time, while nobody touches it.
+        """
+        if newest_start(self._folder) != self._start:
+            return False
+        start = _read_start(_path_of(self._folder, self._start))
+        return bool(start) and Owner.read(start) == self._owner
 
 
 def _write(folder: Path, start: int, count: int, facts: Mapping[str, Any]) -> None:
@@ -235,12 +265,3 @@ def _ending(error: BaseException | None) -> dict[str, str]:
     name = type(error).__name__
     why = str(error) or name if interrupted else f"{name}: {error}"
     return {"state": "interrupted" if interrupted else "failed", "why": " ".join(why.split())[:500]}
-
-
-def _mark(folder: Path, start: int) -> tuple[int, int] | None:
-    """Tells this start's file from one of the same number in a directory that was deleted and made again."""
-    try:
-        status = (folder / "starts" / f"{start}.json").stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

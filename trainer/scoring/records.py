@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from trainer.data.identity import TAR
 from trainer.errors import InputError
 from trainer.run.directory import StageDirectory
-from trainer.run.files import read_object, write_json
+from trainer.run.files import read_object, whole, write_json
 from trainer.scoring.metrics import Correlation
 from trainer.scoring.sets import SetScores
 
@@ -174,20 +173,15 @@ def finite(value: float) -> float | None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy whole."""
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # numpy hides what a disk says of its own writing
     np.save(buffer, array)
-    _write_bytes(path, buffer.getvalue())
+    with whole(path) as aside:
+        aside.write_bytes(buffer.getvalue())
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a .npz whole."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # a name could be `allow_pickle`, says numpy
-    _write_bytes(path, buffer.getvalue())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    with whole(path) as aside:
+        aside.write_bytes(buffer.getvalue())

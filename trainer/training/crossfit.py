@@ -7,7 +7,6 @@ on all folds but one, each predicting the fold it has not seen.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from trainer.data.predictions import MADE_FROM, StoredPredictions
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.run.files import write_json
+from trainer.scoring.records import write_array
 from trainer.scoring.shares import Ranks, in_order, shown
 
 
@@ -133,7 +133,4 @@ class Predictions(StoredPredictions):
                 predicted = anchor.eval()(batch.features, batch.mask)[0].float().cpu().numpy()
             for span in here:
                 whole[:, span.start : span.stop] = predicted[:, span.start : span.stop]
-        aside = self.path(sample).with_suffix(f".{os.getpid()}")
-        with aside.open("wb") as file:
-            np.save(file, whole)
-        aside.replace(self.path(sample))
+        write_array(self.path(sample), whole)
