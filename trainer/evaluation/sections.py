@@ -16,6 +16,7 @@ from trainer.evaluation.brain import brain_drawings
 from trainer.evaluation.drawing import Drawing
 from trainer.evaluation.results import RunResults, Scored
 from trainer.evaluation.tables import Table
+from trainer.progress import watched
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def sections(runs: Mapping[str, RunResults], networks: Sequence[str] | str) -> l
     found = [_linked(each) for each in (_scores(runs), _training(runs), _networks(runs, networks))]
     for i, (label, run) in enumerate(runs.items()):
         suffix, prefix = (f": {label}", f"run{i + 1}-") if len(runs) > 1 else ("", "")
-        own = [make(run, prefix, suffix) for make in (_parcels, _brain, _series, _distribution)]
+        makers = (_parcels, _brain, _series, _distribution)
+        own = [make(run, prefix, suffix) for make in watched(makers, f"drawing {label}", len(makers))]
         found += [replace(own[0], link=label), *own[1:]] if len(runs) > 1 else [_linked(each) for each in own]
     found += [_linked(each) for each in (_data(runs), _configuration(runs), _environment(runs))]
     return found

@@ -51,7 +51,7 @@ class Connectivity:
     def merge(self, other: Connectivity) -> None:
         """Take in what another has seen."""
         self.total += other.total
-        self.weight += other.weight
+        self.weight += int(other.weight)
         self.spoilt |= other.spoilt
 
     def mean(self) -> np.ndarray:

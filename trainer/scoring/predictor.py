@@ -23,6 +23,7 @@ from trainer.models.anchor import Anchor
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.flow import FlowMatching
 from trainer.models.randomness import fold_in, make_keys
+from trainer.progress import alive
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
 
@@ -187,7 +188,11 @@ def estimated(predictor: Predictor, batch: Batch, estimate: str, samples: int | 
     """
     if estimate == "sample":
         assert isinstance(predictor, FlowPredictor) and samples, "stage 1 draws no samples"
-        return np.stack([draw[0].float().cpu().numpy() for draw in predictor.samples(batch, samples)])
+        draws = []
+        for draw in predictor.samples(batch, samples):
+            draws.append(draw[0].float().cpu().numpy())
+            alive()
+        return np.stack(draws)
     prediction, _ = predictor.predict(batch)[estimate]
     whole: np.ndarray = prediction[0].float().cpu().numpy()
     return whole

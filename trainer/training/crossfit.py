@@ -22,6 +22,7 @@ from trainer.data.plan import Span
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent
+from trainer.progress import LEAST_RATE, alive, unbroken, watched
 from trainer.scoring.shares import Ranks, in_order, shown
 
 
@@ -170,7 +171,8 @@ def _fitted(
     covariance = CovarianceAccumulator(*latent.mean.shape)
     for subject, bold, _ in _bold_series(study, spans):
         covariance.update(bold, subject)
-    flow.fit_latent(covariance)
+    with unbroken(most_s=60 + 10 * latent.mean.shape[1] ** 3 / LEAST_RATE):
+        flow.fit_latent(covariance)
     if predictions is not None:
         latent.residual_std.copy_(_residual_std(latent.basis.double().cpu(), study, spans, predictions))
     return {name: buffer.cpu() for name, buffer in latent.state_dict().items()}
@@ -201,7 +203,8 @@ def latent_range(flow: FlowMatching, study: Study, spans: Sequence[Span], proces
 
     def square_share() -> list[tuple[Tensor, int]]:
         batches = whole_runs(study.shards, spans, [], study.scaling, rank=processes.rank, world=processes.world)
-        return [_latent_squares(flow, batch.to(processes.device)) for batch in batches]
+        runs = shown(processes, batches, "looking at the latent", len(spans))
+        return [_latent_squares(flow, batch.to(processes.device)) for batch in runs]
 
     runs = in_order(processes, square_share)
     squares = torch.stack([squares for squares, _ in runs]).sum(0)
@@ -220,7 +223,9 @@ def _bold_series(
     study: Study, spans: Sequence[Span], predictions: Predictions | None = None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(subject, BOLD (T, V), predictions (T, V) or None) of every span and subject that has BOLD."""
-    for batch in whole_runs(study.shards, spans, [], study.scaling, anchor=predictions):
+    batches = whole_runs(study.shards, spans, [], study.scaling, anchor=predictions)
+    for batch in watched(batches, "fitting the latent", len(spans)):
         for subject in batch.subject_mask[0].nonzero()[:, 0].tolist():
             mu = None if batch.anchor is None else batch.anchor[0, subject]
             yield subject, batch.bold[0, subject], mu
+            alive()
