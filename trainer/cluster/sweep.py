@@ -230,7 +230,7 @@ def _chosen(stage: StageDirectory, config: Config) -> dict[str, float | None]:
     finished = stage.finished()
     step = finished["step"] if finished else checkpoint.best_step(scores, config.val_set_name)
     means = [score for score in (*scores, *stage.refit.read_scores()) if score["estimate"] == "mean"]
-    return {score["set"]: score["pearson_r"] for score in means if score["step"] == step}
+    return {score["set"]: score.get("pearson_r") for score in means if score["step"] == step}
 
 
 def rows_of(found: Sequence[Scores]) -> Iterator[list[str]]:

@@ -75,10 +75,10 @@ def lead(runs: Mapping[str, RunResults]) -> list[str]:
         if scored is None:
             continue
         score = scored.score
-        text = f"{figures.model_name(scored)}, on {scored.set_name}: r = {tables.number(score['pearson_r'])}"
-        text += f" ({tables.interval(score['ci'])})" if score.get("ci") else ""
-        ratio = score.get("r_over_ceiling")
-        text += f", {tables.percent(ratio)} of the noise ceiling" if ratio is not None else ""
+        text = f"{figures.model_name(scored)}, on {scored.set_name}: r = {tables.number(score.get('pearson_r'))}"
+        limits, ratio = tables.interval(score.get("ci")), tables.percent(score.get("r_over_ceiling"))
+        text += f" ({limits})" if limits != tables.NOTHING else ""
+        text += f", {ratio} of the noise ceiling" if ratio != tables.NOTHING else ""
         sentences.append(f"{label}: {text}." if len(runs) > 1 else f"{text}.")
     return sentences
 

@@ -248,7 +248,7 @@ def quality(score: Mapping[str, Any]) -> float | None:
     """
     if "flow_loss" in score:
         return None if score["flow_loss"] is None else -float(score["flow_loss"])
-    return None if score["pearson_r"] is None else float(score["pearson_r"])
+    return None if score.get("pearson_r") is None else float(score["pearson_r"])
 
 
 def qualities(scores: Iterable[Mapping[str, Any]], set_name: str) -> dict[int, float]:

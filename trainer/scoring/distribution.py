@@ -26,12 +26,9 @@ from trainer.scoring.judge import CONTENDERS, REAL, Baselines, Judge, Shown, Sub
 from trainer.scoring.kept import NOTHING_KEPT, Kept
 from trainer.scoring.metrics import PearsonR
 from trainer.scoring.predictor import FlowPredictor
-from trainer.scoring.records import finite
+from trainer.scoring.records import PAIRS, finite
 from trainer.scoring.sets import dealt_runs
 from trainer.scoring.shares import Ranks, in_order
-
-PAIRS = "pairs_of_parcels"
-"""The key that says how many of how many parcels were taken where pairs are judged; absent where all were."""
 
 Subjects = Sequence[tuple[int, SubjectJudgement]]
 """The subjects of one run, in their order."""

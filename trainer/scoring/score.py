@@ -23,10 +23,10 @@ from trainer.run.directory import StageDirectory
 from trainer.run.files import write_json
 from trainer.scoring import full as beyond
 from trainer.scoring.ceilings import write_ceilings
-from trainer.scoring.distribution import PAIRS, Baselines, Judgement, Shown, fit_baselines, judge_distribution
+from trainer.scoring.distribution import Baselines, Judgement, Shown, fit_baselines, judge_distribution
 from trainer.scoring.kept import NOTHING_KEPT, Kept, kept_of
 from trainer.scoring.predictor import FlowPredictor, Predictor, load_predictor
-from trainer.scoring.records import lines, stem, write_array, write_arrays, write_scores
+from trainer.scoring.records import PAIRS, lines, stem, write_array, write_arrays, write_scores
 from trainer.scoring.rsa import Groups, groups_of
 from trainer.scoring.sets import ESTIMATES, SetScores, score_set
 from trainer.scoring.shares import Ranks
