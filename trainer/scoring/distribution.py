@@ -96,7 +96,8 @@ def _judgement(runs: Sequence[Subjects], matrices: Mapping[str, np.ndarray], jud
         record[PAIRS] = {"taken": len(judge.parcels), "of": study.manifest.parcels}
         arrays["fc_parcels"] = judge.parcels
     whole = {name: _summed_up(runs, name, judge) for name in judge.contenders}
-    trs = whole[CONTENDERS[0]].n.sum()
+    lengths = (subject.sums[CONTENDERS[0]].n[0] for run in runs for _, subject in run)
+    trs = sum(n_trs for n_trs in lengths if n_trs >= judge.segment)
     real = sum(sum(subject.spectrum for _, subject in run) for run in runs) / trs
     arrays |= {f"fc_{REAL}": matrices[REAL], f"spectrum_{REAL}": real}
     for name, sums in whole.items():

@@ -166,7 +166,7 @@ class Judge:
         self.parcels = slice(None) if n_parcels <= most else proper.spread_evenly(n_parcels, most)
         self.contenders = CONTENDERS if self.baselines is not None else CONTENDERS[:1]
         self.connectivities, self._before = self._nothing(), self._nothing()
-        self.segment = connectivity.segment_trs(min(len(span) for span in self.study.spans[self.set_name]))
+        self.segment = connectivity.segment_trs([len(span) for span in self.study.spans[self.set_name]])
         self._judged: list[Unit] = []
         self._written = time.monotonic()
 
@@ -228,7 +228,9 @@ class Judge:
         return connectivity.spectrum(series, self.segment, self.study.manifest.tr)
 
     def _connect(self, name: str, samples: np.ndarray) -> None:
-        """Take in the functional connectivity of samples (K, T, V), the mean of each sample's."""
+        """Take in the functional connectivity of samples (K, T, V), the mean of each sample's; one TR has none."""
+        if samples.shape[1] < 2:
+            return
         total = np.zeros_like(self.connectivities[name].total, np.float64)
         for sample in samples:
             total += connectivity.correlations(sample[:, self.parcels])
