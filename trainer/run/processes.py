@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,9 +33,18 @@ __all__ = ["Agreement", "Boundary", "Interrupted", "Processes", "StopRequest", "
 
 T = TypeVar("T")
 
+WATCHED_PATIENCE = timedelta(days=30)
+"""How long torch waits where a watchdog looks on, which ends a wait in which no rank makes progress."""
 GRACE_SECONDS = 30.0
 """How much longer than `timeout_s` torch waits: the watchdog, which knows which rank is missing, speaks first."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Waits:
+    """How many waits for other ranks this process is in."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,19 @@ class Processes:
     precision: str
     timeout_s: float
     control: Any = None
+    waits: Waits = field(default_factory=Waits, compare=False)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this process waits for other ranks now."""
+        return self.waits.count > 0
+
+    def set_patience(self, *, watched: bool) -> None:
+        """How long waits for other ranks may take from now on: for about `timeout_s`, or as long as a watchdog says."""
+        if self.world > 1:
+            patience = WATCHED_PATIENCE if watched else timedelta(seconds=self.timeout_s + GRACE_SECONDS)
+            # torch has no public name for it
+            dist.distributed_c10d._set_pg_timeout(patience, self.control)
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +124,9 @@ class Processes:
         return items[self.rank :: self.world]
 
     def first(self, action: Callable[[], T]) -> T:
-        """Run on the main process while the others wait, for about `timeout_s` at most; every rank gets the value.
+        """Run on the main process while the others wait; every rank gets the value.
+
+        They wait for as long as the main process says that it goes on; without a watchdog, for `timeout_s` or so.
 
         Raises: on every rank, the InputError or OSError of the action. What else it raises is raised on the main
             process, and a RuntimeError that quotes it on the others: no rank is left waiting.
@@ -133,6 +157,7 @@ class Processes:
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
         """Around a wait for other ranks: says what it means that it was too long. Raises TimeoutError."""
+        self.waits.count += 1
         try:
             yield
         except RuntimeError as error:
@@ -142,6 +167,8 @@ class Processes:
                 f"rank {self.rank} of {self.world} on {self.host} waited for the other ranks for longer than "
                 f"timeout_s={self.timeout_s:g}: one hangs, or what it does takes longer (then raise timeout_s)"
             ) from error
+        finally:
+            self.waits.count -= 1
 
 
 def make_processes(*, precision: str, deterministic: bool, timeout_s: float) -> Processes:
