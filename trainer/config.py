@@ -294,6 +294,11 @@ class EvaluateConfig(StrictModel):
     atlas: PathText | None = Field(
         None, description="volumes of parcel ids (.nii.gz) for brain maps, with {subject} where the label stands"
     )
+    parcels: Positive = Field(
+        5000,
+        json_schema_extra={"before": 10**9},
+        description="most parcels, spread evenly, whose pairs are judged (functional connectivity, full covariance)",
+    )
 
     @field_validator("samples")
     @classmethod

@@ -98,7 +98,7 @@ def _without_paths(config: Config) -> Config:
 def _scores(chosen: Chosen) -> list[dict[str, Any]]:
     """The scores of the exported checkpoint, of which r is a number."""
     scores = (score for score in chosen.directory.read_scores() if "pearson_r" in score and "estimate" in score)
-    return [score for score in scores if score["step"] == chosen.step and score["pearson_r"] is not None]
+    return [score for score in scores if score.get("step") == chosen.step and score["pearson_r"] is not None]
 
 
 def model_card(name: str, facts: dict[str, Any], scores: list[dict[str, Any]]) -> str:
@@ -106,7 +106,10 @@ def model_card(name: str, facts: dict[str, Any], scores: list[dict[str, Any]]) -
     shapes, config = facts["shapes"], facts["config"]
     streams = [f"| `{stream}` | {_shape(layers, width)} |" for stream, layers, width in shapes["streams"]]
     sets = [f"| `{name}` | `{_filter(dataset)}` |" for name, dataset in config["datasets"].items()]
-    rows = [f"| `{s['set']}` | {s['estimate']} | {s['pearson_r']:.4f}{_interval(s)} | {s['n_trs']} |" for s in scores]
+    rows = [
+        f"| `{s['set']}` | {s['estimate']} | {s['pearson_r']:.4f}{_interval(s)} | {s.get('n_trs', '')} |"
+        for s in scores
+    ]
     return _CARD.format(
         matter=yaml.safe_dump({"license": "mit", "library_name": "fmri-flow", "tags": list(TAGS)}, sort_keys=False),
         name=name,
@@ -196,4 +199,5 @@ def _filter(dataset: dict[str, Any]) -> str:
 
 def _interval(score: dict[str, Any]) -> str:
     """The confidence interval, where there is one."""
-    return " ({:.4f} to {:.4f})".format(*score["ci"]) if score.get("ci") else ""
+    ends = score.get("ci") or [None]
+    return "" if None in ends else " ({:.4f} to {:.4f})".format(*ends)

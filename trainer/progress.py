@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -66,8 +66,8 @@ class _Loop:
     title: str
     total: int
     bar: Any
+    begun: float
     done: int = 0
-    begun: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:
         return f"{self.title} {self.done}/{self.total}"
@@ -87,7 +87,7 @@ class _Display:
             self._said = now
         self._heard = now
         bar = tqdm(desc=title, total=total, leave=False, disable=not sys.stderr.isatty())
-        self._loops.append(_Loop(title, total, bar))
+        self._loops.append(_Loop(title, total, bar, now))
         return self._loops[-1]
 
     def advance(self, loop: _Loop) -> None:

@@ -24,6 +24,7 @@ TIMEOUT_S = 12
 RANK = """
 import json, multiprocessing, os, signal, sys, time
 import torch
+import trainer.run.processes
 from trainer.errors import InputError, exit_on_input_error
 from trainer.run.processes import Boundary, StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
@@ -77,11 +78,20 @@ def go_on():
                 tell(step=step)
             time.sleep(0.05)
 
+def work_on():
+    with StopRequest(), Watchdog(processes, timeout_s) as watch:
+        for _ in range(int(1.5 * timeout_s / 0.1) if processes.rank == 0 else 0):
+            watch.alive()
+            time.sleep(0.1)
+        tell(gathered=processes.gather_objects(processes.rank))
+
 @exit_on_input_error
 def main():
     global processes
+    if what == "work":
+        trainer.run.processes.GRACE_SECONDS = -timeout_s / 2  # torch alone would have waited for half as long
     processes = make_processes(precision="no", deterministic=False, timeout_s=timeout_s)
-    agree() if what == "agree" else go_on()
+    {"agree": agree, "work": work_on}.get(what, go_on)()
     return 0
 
 if __name__ == "__main__":
@@ -252,6 +262,14 @@ def test_hung_rank_and_the_one_that_waits_for_it_end_with_a_message(start: Start
             f"watchdog: rank {rank} of 2 on {socket.gethostname()}, after step 9: no progress for 12 s."
         )
         assert any("in go_on" in stack for stack in stacks)
+
+
+@pytest.mark.slow
+def test_a_rank_waits_for_one_that_works_for_longer_than_the_timeout(start: Start) -> None:
+    tasks = srun(start, "work")
+    for task in tasks:
+        assert task.end() == 0, task.errors()
+        assert task.facts()[-1]["gathered"] == [0, 1]
 
 
 @pytest.mark.slow

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from trainer.errors import InputError
 from trainer.models.anchor import has_few_digits
-from trainer.progress import alive, listening, watched
-from trainer.run import processes, signals
+from trainer.run import signals
 from trainer.run.join import no_meeting
 from trainer.run.launch import (
     Launch,
@@ -302,33 +301,6 @@ def a_rank(rank: int) -> Processes:
     """One of two, without the other."""
     device = torch.device("cpu")
     return Processes(None, rank, 2, device, "here", "torchrun", False, "no", 600.0)
-
-
-def test_main_process_at_work_tells_the_ranks_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr(processes, "NEWS_SECONDS", 0.0)
-    monkeypatch.setattr(Processes, "from_main", lambda self, value: told.append(value) or value)
-    assert a_rank(0).first(lambda: len(list(watched("abc", "letters", 3)))) == 3
-    assert told == [None, None, None, (3, None)]
-    told.clear()
-    alive()
-    assert told == [], "nobody waits any longer"
-
-
-def test_rank_that_waits_for_the_main_process_is_alive_as_long_as_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[object] = [None, None, (7, None), None, (None, Interrupted(signal.SIGTERM, 0))]
-    signs: list[None] = []
-    monkeypatch.setattr(Processes, "from_main", lambda self, value: answers.pop(0))
-
-    def live_and_wish_to_end() -> None:
-        signs.append(None)
-        raise InterruptedError("SIGTERM")
-
-    with listening(live_and_wish_to_end):
-        assert a_rank(1).first(lambda: pytest.fail("it is the main process's work")) == 7
-        assert len(signs) == 2
-        with pytest.raises(Interrupted, match="SIGTERM before the first step"):
-            a_rank(1).first(lambda: 0)
 
 
 def test_wish_to_end_on_the_main_process_is_raised_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

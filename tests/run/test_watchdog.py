@@ -20,6 +20,9 @@ class Alone:
     rank: int = 0
     world: int = 1
     host: str = "here"
+    is_waiting: bool = False
+
+    def set_patience(self, *, watched: bool) -> None: ...
 
 
 def test_ranks_are_lost_when_they_failed_or_tell_nothing_new() -> None:
@@ -63,6 +66,32 @@ def test_training_that_marks_its_progress_is_left_alone(monkeypatch: pytest.Monk
     assert ended[0] == "rank 0 of 1 on here, after step 9"
 
 
+def test_a_rank_that_waits_is_left_alone_while_another_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    gossip, processes = Silent(), Alone(world=2, is_waiting=True)
+    monkeypatch.setattr(watchdog, "Gossip", lambda _: gossip)
+    monkeypatch.setattr(Watchdog, "_end", lambda _: ended.append(processes.is_waiting))
+    with Watchdog(processes, 0.5):
+        for _ in range(30):
+            gossip.moved = time.monotonic()
+            time.sleep(0.05)
+        assert not ended
+        processes.is_waiting = False  # from now on it is this rank that does nothing
+        while not ended:
+            gossip.moved = time.monotonic()
+            time.sleep(0.05)
+    assert ended[0] is False
+
+
+def test_a_rank_ends_that_waits_while_none_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[float] = []
+    monkeypatch.setattr(watchdog, "Gossip", lambda _: Silent())
+    monkeypatch.setattr(Watchdog, "_end", lambda _: ended.append(time.monotonic()))
+    with Watchdog(Alone(world=2, is_waiting=True), 0.5):
+        while not ended:
+            time.sleep(0.05)
+
+
 @pytest.mark.parametrize("error", [InputError("a", "b"), Interrupted(15, 3), KeyError("own")])
 def test_exception_of_one_process_passes_as_it_is(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, Watchdog(Alone(), 600):
@@ -74,7 +103,7 @@ class Silent:
     """In the place of the thread that talks to other ranks."""
 
     def __init__(self) -> None:
-        self.step, self.confessed = 0, ""
+        self.step, self.marks, self.moved, self.confessed = 0, 0, time.monotonic(), ""
 
     def confess(self, error: str) -> None:
         self.confessed = error

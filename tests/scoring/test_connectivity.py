@@ -97,4 +97,13 @@ def test_spectra_are_compared_by_the_logarithm() -> None:
     assert connectivity.spectrum_error(real * [10, 1, 0.1], real) == pytest.approx(2 / 3)
     assert np.isnan(connectivity.spectrum_error(np.zeros(3), real))
     assert np.isnan(connectivity.spectrum_error(np.zeros(0), np.zeros(0)))
-    assert len(connectivity.spectrum(series(5), connectivity.segment_trs(1), 1.49)) == 0
+    assert len(connectivity.spectrum(series(5), connectivity.segment_trs([1, 1]), 1.49)) == 0
+
+
+def test_a_run_of_one_tr_does_not_shorten_the_segments_of_the_others() -> None:
+    assert [connectivity.segment_trs(lengths) for lengths in ([600, 300], [40, 1, 90], [2, 1])] == [128, 40, 2]
+    assert not connectivity.spectrum(series(1), 40, 1.49).any()
+
+
+def test_nothing_is_known_of_what_was_never_seen() -> None:
+    assert np.isnan(connectivity.Connectivity(3).mean()).all()

@@ -109,7 +109,7 @@ def test_a_score_file_holds_the_similarity_of_each_network(
         series = run.series["mean"]
         for s in np.flatnonzero(series.present):
             of_subjects[i, s] = by_scipy(series.prediction[s][:, :12], series.bold[s][:, :12])
-    found = full.similarity_keys(scores, "mean", rsa.groups_of(study))["rsa"]
+    found = full.similarity_keys(scores, "mean", rsa.groups_of(study), ALONE)["rsa"]
     assert found["Vis"] == pytest.approx(np.nanmean(of_subjects, axis=0).mean(), abs=1e-9)
 
 
@@ -119,7 +119,7 @@ def test_ten_runs_are_compared_with_each_other(study: Study) -> None:
     assert rsa.compares_runs(study, 10)
     assert not rsa.compares_runs(study, 9)
     scores = score_set(Told(), study, "val", ALONE)
-    similarity = full.similarity_keys(scores, "mean", rsa.groups_of(study))
+    similarity = full.similarity_keys(scores, "mean", rsa.groups_of(study), ALONE)
     assert similarity["rsa_by"] == "runs"
     sums = [run.pairs["mean"] for run in scores.runs]
     wanted = []

@@ -246,7 +246,7 @@ def read_scores(run: Path) -> Scores:
     begun = [number for number, stage in stages.items() if stage.config.exists()]
     config = load_stored(stages[max(begun)].config) if begun else None
     files = {(n, name): score for n in begun if config for name, score in _chosen(stages[n], config).items()}
-    r = {column: score["pearson_r"] for column, score in files.items()}
+    r = {column: score.get("pearson_r") for column, score in files.items()}
     return Scores(run.name, config, r, frozenset(n for n in begun if stages[n].finished() is not None), files)
 
 

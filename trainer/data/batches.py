@@ -246,13 +246,18 @@ def whole_runs(
     anchor: Anchors | None = None,
     rank: int = 0,
     world: int = 1,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
     """A batch of one whole span after the other, in their order; `windows` counts the spans.
 
+    With `numbers`, only the spans of these numbers are read.
+
     With `context`, a span that a filter cut out of a run sees the run's features around it; a span that reaches the
-    ends of its run is read as it is. Rank r of `world` gets spans r, r + world, ..., each with its number in `spans`.
+    ends of its run is read as it is. Of the spans that are read, rank r of `world` gets number r, r + world, ..., each
+    with its number in `spans`.
     """
-    for i, span in itertools.islice(enumerate(spans), rank, None, world):
+    for i in itertools.islice(range(len(spans)) if numbers is None else numbers, rank, None, world):
+        span = spans[i]
         window = Window(i, span.sample, span.start, span.stop, span.subjects)
         batch = make_batch(source, [window], streams, scaling, context=context, anchor=anchor)
         yield batch.cut(_extent(batch.mask[0])) if context else batch

@@ -21,6 +21,7 @@ from trainer.evaluation.drawing import INK, PAGE, SEQUENTIAL, Drawing, style
 from trainer.evaluation.figures import model_name
 from trainer.evaluation.maps import extend, map_limit
 from trainer.evaluation.results import Scored
+from trainer.progress import watched
 
 INSTALL = 'Brain maps are drawn by nilearn: `pip install "fmri-flow[brain]"`, then report again.'
 NO_ATLAS = (
@@ -48,7 +49,8 @@ def brain_drawings(scored: Scored, atlas: str | None, prefix: str = "") -> tuple
     drawings: dict[str, list[Drawing]] = {}
     missing = []
     limit = map_limit([scored.r])
-    for label, r in zip(scored.subjects, scored.r, strict=True):
+    brains = list(zip(scored.subjects, scored.r, strict=True))
+    for label, r in watched(brains, "brain maps", len(brains)):
         if np.isnan(r).all():
             missing.append(f"Subject {label} has no BOLD in {scored.set_name}.")
             continue

@@ -177,11 +177,12 @@ def _score(
 
     One model and the average's predictions of the whole set are in memory, S x TRs x V float32 twice.
     """
-    bold = [batch.bold[0] for batch in whole_runs(study.shards, study.spans[set_name], [], study.scaling)]
+    runs = whole_runs(study.shards, study.spans[set_name], [], study.scaling)
+    bold = [batch.bold[0] for batch in watched(runs, f"reading {set_name}", len(study.spans[set_name]))]
     averages = [np.zeros(tuple(run.shape), np.float32) for run in bold]
     spans, alone = study.spans[set_name], {}
     parts = [i for i in range(len(candidates)) if chosen[i].any()]
-    for i in watched(parts, "predicting", len(parts)):
+    for i in watched(parts, "checkpoints", len(parts)):
         predictions = _predictions(candidates[i], set_name)
         alone[i] = _pearson(predictions, bold, spans)
         for average, z in zip(averages, z_scored(predictions, spans), strict=True):
@@ -195,7 +196,8 @@ def _predictions(candidate: Candidate, set_name: str) -> list[np.ndarray]:
     predictor = load_predictor(candidate.directory, candidate.stage, candidate.step, study, device)
     context = study.config.data.context_trs
     batches = whole_runs(study.shards, study.spans[set_name], study.streams, study.scaling, context=context)
-    return [estimated(predictor, batch.to(device), "mean") for batch in batches]
+    runs = watched(batches, f"predicting {set_name}", len(study.spans[set_name]))
+    return [estimated(predictor, batch.to(device), "mean") for batch in runs]
 
 
 def z_scored(predictions: Sequence[np.ndarray], spans: Sequence[Span]) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from trainer.evaluation.drawing import PAGE, Drawing, save_figure, style
 from trainer.evaluation.results import Distribution, RunResults, Scored, StageResults, read_results
 from trainer.run.directory import RunDirectory
 from trainer.scoring.ceilings import LEAST_CEILING
+from trainer.scoring.records import PAIRS
 
 ESTIMATES = {"mean": "mean", "sample": "one sample"}
 
@@ -70,8 +72,9 @@ def model_name(scored: Scored) -> str:
 
 def scored_title(scored: Scored) -> str:
     """Model, set, step and r in one line."""
-    r = f"{scored.score['pearson_r']:.4f}".replace("-", "−")
-    return f"{model_name(scored)}, {scored.set_name}, step {scored.score['step']}: mean r = {r}"
+    r = scored.score.get("pearson_r")
+    known = "not a number" if r is None else f"{r:.4f}".replace("-", "−")
+    return f"{model_name(scored)}, {scored.set_name}, step {scored.score['step']}: mean r = {known}"
 
 
 def over_ceiling(r: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
@@ -118,6 +121,7 @@ def map_drawings(scored: Scored, ceiling: np.ndarray | None, prefix: str = "") -
 def network_drawing(runs: Mapping[str, Scored], labels: Sequence[str], prefix: str = "") -> Drawing | None:
     """r by network of several models on one set, by label; None where no array fits the labels."""
     arrays = {label: s.r for label, s in runs.items() if s.r is not None and s.r.shape[1] == len(labels)}
+    arrays = {label: r for label, r in arrays.items() if np.isfinite(r).any()}
     if not arrays:
         return None
     set_name = next(iter(runs.values())).set_name
@@ -135,22 +139,27 @@ def series_drawing(stage: StageResults, set_name: str, prefix: str = "") -> Draw
 
 
 def distribution_drawings(found: Distribution, set_name: str, prefix: str = "") -> list[Drawing]:
-    """Calibration, spectrum and functional connectivity of stage 2's samples beside the baselines."""
-    drawings = []
+    """Calibration, spectrum and functional connectivity of stage 2's samples beside the baselines, as far as known."""
+    judged = {key: facts for key in signals.JUDGED if isinstance(facts := found.facts.get(key), Mapping)}
     reached = {
-        key: {percent / 100: facts[f"coverage_{percent}"] for percent in (50, 80, 95) if f"coverage_{percent}" in facts}
-        for key, facts in found.facts.items()
-        if key in signals.JUDGED
+        key: {percent / 100: facts.get(f"coverage_{percent}") for percent in (50, 80, 95)}
+        for key, facts in judged.items()
     }
-    reached = {key: reached[key] for key in signals.JUDGED if reached.get(key)}
-    if reached:
-        drawings.append(signals.calibration(f"{prefix}calibration-{set_name}", set_name, reached))
     arrays = found.arrays
     spectra = {key: arrays[f"spectrum_{key}"] for key in maps.MODELS if f"spectrum_{key}" in arrays}
-    if spectra and "frequency_hz" in arrays:
-        frequency = arrays["frequency_hz"]
-        drawings.append(signals.spectrum(f"{prefix}spectrum-{set_name}", set_name, frequency, spectra))
+    frequency = arrays.get("frequency_hz", np.zeros(0))
+    drawings: list[Drawing | None] = [
+        signals.calibration(f"{prefix}calibration-{set_name}", set_name, reached),
+        signals.spectrum(f"{prefix}spectrum-{set_name}", set_name, frequency, spectra),
+    ]
     matrices = {key: arrays[f"fc_{key}"] for key in maps.MODELS if f"fc_{key}" in arrays}
     if matrices:
-        drawings.append(maps.connectivity(f"{prefix}connectivity-{set_name}", set_name, matrices))
-    return drawings
+        title = set_name + (f", {pairs}" if (pairs := pairs_of_parcels(found.facts)) else "")
+        drawings.append(maps.connectivity(f"{prefix}connectivity-{set_name}", title, matrices))
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def pairs_of_parcels(facts: Mapping[str, Any]) -> str | None:
+    """Of how many parcels the pairs were judged, in words; None where of all."""
+    pairs = facts.get(PAIRS)
+    return f"{pairs['taken']:,} of {pairs['of']:,} parcels, spread evenly" if isinstance(pairs, Mapping) else None

@@ -92,6 +92,7 @@ def networks(
     order = list(dict.fromkeys(labels))
     member = np.array([[label == network for label in labels] for network in order])
     means = {run: np.stack([r[:, parcels].mean(axis=1) for parcels in member]) for run, r in runs.items()}
+    overall = {run: _known_mean(values) for run, values in means.items()}
     with style():
         figure, axis = panel(height=0.9 + 0.22 * len(order) + 0.15 * len(runs))
         places = np.arange(len(order))
@@ -99,7 +100,7 @@ def networks(
             at = places + (i - (len(means) - 1) / 2) * 0.5 / max(len(means) - 1, 2)
             colour, mark = CYCLE[i % 4], MARKERS[i % 4]
             axis.plot(values, at, linestyle="", marker="|", color=colour, alpha=0.55, markersize=6)
-            axis.plot(np.nanmean(values, axis=1), at, linestyle="", marker=mark, color=colour, markersize=5, label=run)
+            axis.plot(overall[run], at, linestyle="", marker=mark, color=colour, markersize=5, label=run)
         axis.set(title=title, xlabel="Pearson's r", yticks=places, ylim=(len(order) - 0.4, -0.6))
         axis.set_yticklabels([f"{network} ({n})" for network, n in zip(order, member.sum(axis=1), strict=True)])
         axis.axvline(0, color=MUTED, linewidth=0.7)
@@ -107,7 +108,7 @@ def networks(
             figure.legend(loc="outside lower left", ncols=2 if sum(map(len, means)) < 40 else 1)
     columns: dict[str, Any] = {"network": order, "parcels": member.sum(axis=1)}
     for run, values in means.items():
-        columns[f"{run}: mean"] = np.nanmean(values, axis=1)
+        columns[f"{run}: mean"] = overall[run]
         columns |= {f"{run}: subject {label}": v for label, v in zip(subjects[run], values.T, strict=True)}
     return Drawing(
         name=name,
@@ -116,6 +117,14 @@ def networks(
         caption="Mean over each network's parcels (in brackets: how many): subjects as strokes, their mean as a point.",
         columns=columns,
     )
+
+
+def _known_mean(values: np.ndarray) -> np.ndarray:
+    """The mean (N,) of the numbers in each row (N, S); NaN where there is none."""
+    known = np.isfinite(values)
+    count = known.sum(axis=1)
+    total = np.where(known, values, 0.0).sum(axis=1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def connectivity(name: str, title: str, matrices: Mapping[str, np.ndarray]) -> Drawing:

@@ -228,7 +228,7 @@ def _read_stage(run: RunDirectory, number: int, config: Config | None, reader: _
     found: dict[tuple[str, str], tuple[StageDirectory, Scored]] = {}
     for part in (directory, directory.refit):
         for path, score in _scores(part, reader) if part is not directory else scores:
-            if score["step"] == step and score.get("pearson_r") is not None:
+            if score["step"] == step:
                 found[score["set"], score["estimate"]] = (
                     part,
                     _read_scored(number, part is not directory, path, score, reader),

@@ -17,6 +17,7 @@ from trainer.evaluation.drawing import Drawing
 from trainer.evaluation.results import RunResults, Scored
 from trainer.evaluation.same_data import notes_between
 from trainer.evaluation.tables import Table
+from trainer.progress import watched
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def sections(runs: Mapping[str, RunResults], networks: Sequence[str] | str) -> l
     found = [_linked(each) for each in (_scores(runs), _training(runs), _networks(runs, networks))]
     for i, (label, run) in enumerate(runs.items()):
         suffix, prefix = (f": {label}", f"run{i + 1}-") if len(runs) > 1 else ("", "")
-        own = [make(run, prefix, suffix) for make in (_parcels, _brain, _series, _distribution)]
+        makers = (_parcels, _brain, _series, _distribution)
+        own = [make(run, prefix, suffix) for make in watched(makers, f"drawing {label}", len(makers))]
         found += [replace(own[0], link=label), *own[1:]] if len(runs) > 1 else [_linked(each) for each in own]
     found += [_linked(each) for each in (_data(runs), _configuration(runs), _environment(runs))]
     return found
@@ -74,10 +76,10 @@ def lead(runs: Mapping[str, RunResults]) -> list[str]:
         if scored is None:
             continue
         score = scored.score
-        text = f"{figures.model_name(scored)}, on {scored.set_name}: r = {tables.number(score['pearson_r'])}"
-        text += f" ({tables.interval(score['ci'])})" if score.get("ci") else ""
-        ratio = score.get("r_over_ceiling")
-        text += f", {tables.percent(ratio)} of the noise ceiling" if ratio is not None else ""
+        text = f"{figures.model_name(scored)}, on {scored.set_name}: r = {tables.number(score.get('pearson_r'))}"
+        limits, ratio = tables.interval(score.get("ci")), tables.percent(score.get("r_over_ceiling"))
+        text += f" ({limits})" if limits != tables.NOTHING else ""
+        text += f", {ratio} of the noise ceiling" if ratio != tables.NOTHING else ""
         sentences.append(f"{label}: {text}." if len(runs) > 1 else f"{text}.")
     return sentences
 

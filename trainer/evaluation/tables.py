@@ -15,7 +15,7 @@ from trainer.data.identity import DataRecord
 from trainer.data.manifest import Manifest
 from trainer.data.plan import select
 from trainer.errors import InputError
-from trainer.evaluation.figures import model_name
+from trainer.evaluation.figures import model_name, pairs_of_parcels
 from trainer.evaluation.maps import MODELS
 from trainer.evaluation.results import Distribution, RunResults, Scored, StageResults
 from trainer.evaluation.same_data import same_bold
@@ -61,13 +61,14 @@ def number(value: object, digits: int = 4, *, sign: bool = False) -> str:
 
 
 def percent(value: object) -> str:
-    """A fraction in percent."""
-    return f"{number(100 * value, 0)} %" if isinstance(value, int | float) else NOTHING
+    """A fraction in percent; a dash for what is not known."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return f"{number(100 * value, 0)} %" if known else NOTHING  # type: ignore[operator]  # known is a number
 
 
 def interval(ends: object, *, sign: bool = False) -> str:
-    """A confidence interval."""
-    if not isinstance(ends, Sequence) or len(ends) != 2:
+    """A confidence interval; a dash for one of which an end is not known."""
+    if not isinstance(ends, Sequence) or len(ends) != 2 or NOTHING in map(number, ends):
         return NOTHING
     return f"{number(ends[0], sign=sign)} to {number(ends[1], sign=sign)}"
 
@@ -123,12 +124,18 @@ def _score_cells(scored: Scored | None, beside: bool) -> list[str]:
         "95 % interval": interval(score.get("ci")),
         "Ceiling": number(score.get("ceiling")),
         "r / ceiling": percent(score.get("r_over_ceiling")),
-        "RSA": number((score.get("rsa") or {}).get("all"), 3),
+        "RSA": number(_similarity(score).get("all"), 3),
         "Flow loss": number(score.get("flow_loss")),
         "Step": number(score.get("step"), 0),
         "TRs": number(score.get("n_trs"), 0),
     }
     return [cells[title] for title in SCORE_COLUMNS if not (beside and title in OF_DATA)]
+
+
+def _similarity(score: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Representational similarity by group of parcels; nothing where it is not known."""
+    found = score.get("rsa")
+    return found if isinstance(found, Mapping) else {}
 
 
 def similarity_table(runs: Mapping[str, RunResults]) -> Table:
@@ -138,9 +145,9 @@ def similarity_table(runs: Mapping[str, RunResults]) -> Table:
         stages = [run.final] if len(runs) > 1 else list(run.stages.values())
         means = [stage.find(name) for stage in stages if stage is not None for name in run.sets]
         for scored in means:
-            if scored is not None and len(scored.score.get("rsa") or {}) > 1:
+            if scored is not None and len(_similarity(scored.score)) > 1:
                 model = label if len(runs) > 1 else model_name(scored)
-                found.setdefault(_set_title(scored.set_name, runs), {})[model] = scored.score["rsa"]
+                found.setdefault(_set_title(scored.set_name, runs), {})[model] = _similarity(scored.score)
     models = list(dict.fromkeys(model for by_model in found.values() for model in by_model))
     groups = {}
     for title, by_model in found.items():
@@ -181,7 +188,8 @@ def _compared(runs: Mapping[str, RunResults], set_name: str) -> list[tuple[str, 
 def _difference_cells(before: Scored, after: Scored) -> list[str]:
     if not same_bold(before.score, after.score):
         return [NOTHING, "other BOLD"]
-    change = after.score["pearson_r"] - before.score["pearson_r"]
+    old, new = before.score.get("pearson_r"), after.score.get("pearson_r")
+    change = None if old is None or new is None else new - old
     if before.bootstrap is None or after.bootstrap is None or before.bootstrap.shape != after.bootstrap.shape:
         return [number(change, sign=True), "not known"]
     _, *ends = paired_difference(after.bootstrap, before.bootstrap)
@@ -211,6 +219,8 @@ def distribution_table(found: Distribution) -> Table:
     groups = ["Coverage of intervals" if key.startswith("coverage") else "" for key in JUDGEMENTS]
     columns = [Column(title, group=group) for title, group in zip(JUDGEMENTS.values(), groups, strict=True)]
     title = f"{found.facts.get('samples', 'Several')} samples of each model against real BOLD"
+    if pairs := pairs_of_parcels(found.facts):
+        title += f"; FC and full covariance on {pairs}"
     return Table(title, [Column("Model", False), *columns], {"": rows})
 
 

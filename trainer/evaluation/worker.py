@@ -29,6 +29,7 @@ from trainer.run.claims import Claim, ClaimLost
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.processes import StopRequest, make_processes
 from trainer.run.watchdog import Watchdog
+from trainer.scoring import kept
 from trainer.scoring.known import open_study, warn
 from trainer.scoring.shares import Ranks, in_order
 
@@ -294,6 +295,8 @@ class Worker:
             if claim is not None:
                 with claim:
                     let_go_of(part.directory.checkpoints, str(unit))
+                    if part.is_done(unit) or not checkpoint.folder_of(part.directory.checkpoints, unit.step).exists():
+                        kept.remove(part.directory.scores / kept.FOLDER, str(unit))
 
     def _say(self, line: str) -> None:
         if self._processes.is_main:

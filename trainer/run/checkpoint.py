@@ -267,7 +267,7 @@ def quality(score: Mapping[str, Any]) -> float | None:
         return None if score["flow_loss"] is None else -float(score["flow_loss"])
     untrained = score.get("untrained_subjects")
     if not untrained:
-        return None if score["pearson_r"] is None else float(score["pearson_r"])
+        return None if score.get("pearson_r") is None else float(score["pearson_r"])
     trained = [r for label, r in score["per_subject"].items() if label not in untrained]
     return None if not trained or None in trained else sum(trained) / len(trained)
 

@@ -11,12 +11,10 @@ import contextlib
 import os
 import socket
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -27,7 +25,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.errors import InputError
-from trainer.progress import alive, listening
 from trainer.run.join import join
 from trainer.run.launch import Parent, read_launch
 from trainer.run.signals import Interrupted, StopRequest
@@ -36,11 +33,18 @@ __all__ = ["Agreement", "Boundary", "Interrupted", "Processes", "StopRequest", "
 
 T = TypeVar("T")
 
+WATCHED_PATIENCE = timedelta(days=30)
+"""How long torch waits where a watchdog looks on, which ends a wait in which no rank makes progress."""
 GRACE_SECONDS = 30.0
 """How much longer than `timeout_s` torch waits: the watchdog, which knows which rank is missing, speaks first."""
-NEWS_SECONDS = 5.0
-"""How often the main process tells the ranks that wait for it that it is alive."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Waits:
+    """How many waits for other ranks this process is in."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class Processes:
     precision: str
     timeout_s: float
     control: Any = None
+    waits: Waits = field(default_factory=Waits, compare=False)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this process waits for other ranks now."""
+        return self.waits.count > 0
+
+    def set_patience(self, *, watched: bool) -> None:
+        """How long waits for other ranks may take from now on: for about `timeout_s`, or as long as a watchdog says."""
+        if self.world > 1:
+            patience = WATCHED_PATIENCE if watched else timedelta(seconds=self.timeout_s + GRACE_SECONDS)
+            # torch has no public name for it
+            dist.distributed_c10d._set_pg_timeout(patience, self.control)
 
     @property
     def sharded(self) -> bool:
@@ -114,8 +131,7 @@ class Processes:
     def first(self, action: Callable[[], T]) -> T:
         """Run on the main process while the others wait; every rank gets the value.
 
-        The others wait for about `timeout_s` at most. Where the action is `watched` or says that it is alive, they wait
-        as long as it does, and are alive themselves.
+        They wait for as long as the main process says that it goes on; without a watchdog, for `timeout_s` or so.
 
         Raises: on every rank, the InputError, OSError or Interrupted of the action. What else it raises is raised on
             the main process, and a RuntimeError that quotes it on the others: no rank is left waiting.
@@ -126,37 +142,17 @@ class Processes:
         error: Exception | None = None
         if self.is_main:
             try:
-                with listening(self._news()):
-                    value = action()
+                value = action()
             except Exception as caught:
                 error = caught
         known = error is None or isinstance(error, InputError | OSError | Interrupted)
         told = error if known else RuntimeError(f"the main process failed: {error!r}")
-        answer = self.from_main((value, told))
-        while answer is None:  # no answer yet, but the main process is alive
-            with contextlib.suppress(OSError):  # a wish to end: the main process still has its answer to give
-                alive()
-            answer = self.from_main(None)
-        value, told = answer
+        value, told = self.from_main((value, told))
         if error is not None:
             raise error
         if told is not None:
             raise told
         return value
-
-    def _news(self) -> Callable[[], None]:
-        """A listener of the main process that tells the waiting ranks, now and then, that there is no answer yet."""
-        told = time.monotonic()
-        lock = threading.Lock()  # `unbroken` calls listeners from a thread of its own
-
-        def tell() -> None:
-            nonlocal told
-            with lock:
-                if time.monotonic() - told >= NEWS_SECONDS:
-                    self.from_main(None)
-                    told = time.monotonic()
-
-        return tell
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which a model computes at the configured precision."""
@@ -167,6 +163,7 @@ class Processes:
     @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
         """Around a wait for other ranks: says what it means that it was too long. Raises TimeoutError."""
+        self.waits.count += 1
         try:
             yield
         except RuntimeError as error:
@@ -176,6 +173,8 @@ class Processes:
                 f"rank {self.rank} of {self.world} on {self.host} waited for the other ranks for longer than "
                 f"timeout_s={self.timeout_s:g}: one hangs, or what it does takes longer (then raise timeout_s)"
             ) from error
+        finally:
+            self.waits.count -= 1
 
 
 def make_processes(*, precision: str, deterministic: bool, timeout_s: float, tf32: bool = False) -> Processes:

@@ -147,7 +147,7 @@ def _best(scores: Sequence[Mapping[str, Any]]) -> tuple[str, int, float | None] 
         step = checkpoint.best_step(scores, name)
         for score in scores:
             if (score["set"], score["estimate"], score["step"]) == (name, "mean", step):
-                return name, score["step"], score["pearson_r"]
+                return name, score["step"], score.get("pearson_r")
     return None
 
 

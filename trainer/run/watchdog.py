@@ -3,6 +3,10 @@
 A rank that dies or hangs leaves the others in a collective that may never end. So each rank has a watchdog: the
 training marks its progress, the watchdog tells the other ranks of it through the store of torch.distributed, and where
 nothing was marked for `timeout_s` it prints what it knows of the others and every Python stack, and ends the process.
+
+A rank that waits for others marks nothing meanwhile. It is left alone as long as any rank marks progress: one that has
+scored its share waits for hours, if need be, for one that still scores. All ranks' marks are counted under one key of
+the store, so this costs each rank a request every 2 s, however many there are.
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ NAMED = 8
 """No more ranks than this are named in a message."""
 OF_OTHERS = ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "timed out")
 """What the error of a collective says where another rank is at fault."""
+
+_MARKS = "fmri-flow/marks"
+"""The key under which all ranks' marks of progress are counted."""
 
 _trainings = itertools.count(1)
 
@@ -101,11 +108,12 @@ class Gossip:
     """
 
     def __init__(self, processes: Processes) -> None:
-        self.step, self._error = 0, ""
+        self.step, self.marks, self._error = 0, 0, ""
         self._rank, self._world, self._host = processes.rank, processes.world, processes.host
         self._training = next(_trainings)
         self._hearsay = Hearsay()
-        self._answered = time.monotonic()
+        self._answered = self.moved = time.monotonic()
+        """When another rank made progress last, by this machine's clock, or a little earlier."""
         self._listening, self._soon, self._told, self._done = (threading.Event() for _ in range(4))
         self._thread = threading.Thread(target=self._talk, name="gossip", daemon=True)
         self._thread.start()
@@ -148,7 +156,13 @@ class Gossip:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             bound = timedelta(seconds=LISTEN_SECONDS)
             store = TCPStore(host, port, is_master=False, timeout=bound, wait_for_workers=False)
+            told = known = 0
             for count in itertools.count():
+                marks = self.marks
+                total, told = store.add(_MARKS, marks - told), marks
+                if total - told != known:
+                    # its marks may be as old as their way took, and never count for longer than its own watchdog says
+                    self.moved, known = time.monotonic() - 2 * NEWS_SECONDS, total - told
                 news = News(self._rank, self._host, self._training, self.step, count, self._error)
                 store.set(f"fmri-flow/{self._rank}", json.dumps(asdict(news)))
                 for heard in self._read(store):
@@ -188,6 +202,7 @@ class Watchdog:
         self._marked = time.monotonic()
         if self._processes.world > 1:
             self._gossip = Gossip(self._processes)
+            self._processes.set_patience(watched=True)
         self._thread.start()
         return self
 
@@ -196,6 +211,7 @@ class Watchdog:
         self._thread.join()
         if self._gossip is None:
             return
+        self._processes.set_patience(watched=False)
         if isinstance(error, Exception) and not isinstance(error, InputError | Interrupted):
             self._explain(error, self._gossip)
         self._gossip.close()
@@ -203,6 +219,8 @@ class Watchdog:
     def alive(self, step: int | None = None) -> None:
         """Mark progress: at a step, or, without one, inside work between two steps."""
         self._marked = time.monotonic()
+        if self._gossip is not None:
+            self._gossip.marks += 1
         if step is not None:
             self._step = step
             if self._gossip is not None:
@@ -216,6 +234,8 @@ class Watchdog:
             self._marked += max(0.0, now - last - 2 * tick)  # what this process was stopped for does not count
             last = now
             idle = now - self._marked
+            if self._gossip is not None and self._processes.is_waiting:
+                idle = min(idle, now - self._gossip.moved)
             if self._gossip is not None and idle > self._timeout_s - LISTEN_SECONDS:
                 self._gossip.listen()
             if idle > self._timeout_s:

@@ -9,6 +9,7 @@ in unseen runs is part of what it does not know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,15 +22,18 @@ from trainer.data.plan import Span, used_subjects
 from trainer.data.predictions import StoredPredictions
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
+from trainer.progress import LEAST_RATE, alive, unbroken
 from trainer.run.directory import StageDirectory
 from trainer.scoring.predictor import anchored
-from trainer.scoring.shares import Ranks, in_order
+from trainer.scoring.proper import spread_evenly
+from trainer.scoring.shares import Ranks, in_order, shown
 
 MOST_TRS = 20_000
 """TRs that a subject's residuals are fitted to; of more, runs spread evenly are taken."""
 
 _LARGEST_PHI = 0.99
 _LEAST_SHRINKAGE = 1e-6
+_TRS_IN_SILENCE = 10
 
 
 @dataclass(frozen=True)
@@ -96,51 +100,60 @@ class ResidualModel:
     Attributes:
         phi: (V,) what a residual keeps of the one before.
         scale: (V,) standard deviations of w.
-        correlation: (V, V) of w, positive definite.
+        correlation: (P, P) of w, positive definite.
+        parcels: indices (P,) of the parcels whose correlation that is; None for all. The others are independent.
     """
 
     phi: np.ndarray
     scale: np.ndarray
     correlation: np.ndarray
+    parcels: np.ndarray | None = None
 
     def draw(self, count: int, n_trs: int, generator: np.random.Generator, *, full: bool) -> np.ndarray:
         """(K, T, V) float64 residuals, stationary from the first TR on; `full`: with all of the covariance.
 
         The covariance of e is that of w over 1 - phi_i phi_j, a positive definite matrix (Schur's product of two).
         """
-        parcels = len(self.phi)
-        normal = generator.standard_normal((n_trs, count, parcels))
-        stationary = np.sqrt(1 - self.phi**2)
-        if full:
-            first, later = self._roots
-            normal[0] = normal[0] @ first.T
-            normal[1:] = normal[1:] @ later.T
-        drawn = normal * self.scale
-        drawn[0] /= stationary
-        for t in range(1, n_trs):
-            drawn[t] += self.phi * drawn[t - 1]
+        drawn = np.empty((n_trs, count, len(self.phi)))
+        correlated = slice(None) if self.parcels is None else self.parcels
+        for t, now in enumerate(drawn):
+            generator.standard_normal(out=now)
+            if full:
+                now[:, correlated] = now[:, correlated] @ self._roots[0 if t == 0 else 1].T
+            now *= self.scale
+            if t == 0:
+                now /= np.sqrt(1 - self.phi**2)
+            else:
+                now += self.phi * drawn[t - 1]
+            if t % _TRS_IN_SILENCE == 0:
+                alive()
         return drawn.transpose(1, 0, 2)
 
     @cached_property
     def _roots(self) -> tuple[np.ndarray, np.ndarray]:
         """Cholesky factors of the correlations of e and of w."""
-        stationary = np.sqrt(1 - self.phi**2)
-        of_e = self.correlation * np.outer(stationary, stationary) / (1 - np.outer(self.phi, self.phi))
-        return np.linalg.cholesky(of_e), np.linalg.cholesky(self.correlation)
+        phi = self.phi if self.parcels is None else self.phi[self.parcels]
+        stationary = np.sqrt(1 - phi**2)
+        of_e = self.correlation * np.outer(stationary, stationary) / (1 - np.outer(phi, phi))
+        with unbroken(most_s=60 + len(phi) ** 3 / LEAST_RATE):
+            return np.linalg.cholesky(of_e), np.linalg.cholesky(self.correlation)
 
 
 def fit_residuals(found: Unseen, study: Study, anchor: Anchor, processes: Ranks) -> list[ResidualModel | None]:
     """The residuals of every subject, on every rank; the ranks share the subjects.
 
-    None for a subject without two TRs in a row that the anchor predicts in numbers.
+    The correlation is of evaluate.parcels parcels at most. None for a subject without two TRs in a row that the anchor
+    predicts in numbers.
 
     Raises:
         InputError: on every rank, where one cannot read a shard.
     """
 
     def fit_share() -> list[ResidualModel | None]:
-        subjects = processes.share(range(len(study.manifest.subjects)))
-        return [fit(partial(found.residuals, study, anchor, s, processes.device)) for s in subjects]
+        every = range(len(study.manifest.subjects))
+        subjects = shown(processes, processes.share(every), "fitting baselines", len(every))
+        most = study.config.evaluate.parcels
+        return [fit(partial(found.residuals, study, anchor, s, processes.device), most) for s in subjects]
 
     return in_order(processes, fit_share)
 
@@ -163,14 +176,14 @@ def fit_unknown(
         for s in known:
             yield from found.residuals(study, anchor, s, processes.device, each)
 
-    shared = processes.first(lambda: fit(of_all))
+    shared = processes.first(lambda: fit(of_all, study.config.evaluate.parcels))
     return [shared if s in unknown else model for s, model in enumerate(models)]
 
 
-def fit(residuals: Callable[[], Iterable[np.ndarray]]) -> ResidualModel | None:
+def fit(residuals: Callable[[], Iterable[np.ndarray]], most_parcels: float = math.inf) -> ResidualModel | None:
     """Fit AR(1) processes to runs of residuals (T, V), which are gone through twice.
 
-    None where no two TRs in a row are numbers.
+    The correlation is of `most_parcels` parcels at most, spread evenly. None where no two TRs in a row are numbers.
     """
     pairs = 0
     squares = products = before = np.zeros(0)
@@ -186,16 +199,19 @@ def fit(residuals: Callable[[], Iterable[np.ndarray]]) -> ResidualModel | None:
     phi = np.divide(products, before, out=np.zeros_like(before), where=before > 0)
     phi = np.clip(phi, -_LARGEST_PHI, _LARGEST_PHI)
     scale = np.sqrt(np.maximum(squares - 2 * phi * products + phi**2 * before, 0.0) / pairs)
+    some = None if len(scale) <= most_parcels else spread_evenly(len(scale), int(most_parcels))
+    taken = slice(None) if some is None else some
     whitened = (
-        np.divide(later - phi * earlier, scale, out=np.zeros_like(later), where=scale > 0)
+        np.divide(later - phi * earlier, scale, out=np.zeros_like(later), where=scale > 0)[:, taken]
         for earlier, later in _steps(residuals())
     )
-    return ResidualModel(phi, scale, shrunk_correlation(whitened, len(scale)))
+    return ResidualModel(phi, scale, shrunk_correlation(whitened, len(scale[taken])), some)
 
 
 def _steps(residuals: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(TRs, the ones after them) of each run, (N, V) each, where both are numbers."""
     for run in residuals:
+        alive()
         known = np.isfinite(run).all(axis=1)
         both = known[:-1] & known[1:]
         if both.any():

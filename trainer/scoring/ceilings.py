@@ -27,7 +27,7 @@ from trainer.run.directory import StageDirectory
 from trainer.run.files import read_json, write_json
 from trainer.scoring.metrics import Correlation, PearsonR, merged
 from trainer.scoring.records import finite, write_array
-from trainer.scoring.shares import Ranks, in_order
+from trainer.scoring.shares import Ranks, in_order, shown
 
 LEAST_CEILING = 0.1
 """Parcels whose ceiling is lower are left out where scores are divided by it."""
@@ -100,7 +100,7 @@ def repeat_correlation(study: Study, pairs: Sequence[tuple[Span, Span]], process
 
     def correlate_share() -> list[PearsonR]:
         found = []
-        for pair in processes.share(pairs):
+        for pair in shown(processes, processes.share(pairs), "ceilings", len(pairs)):
             (first, valid), (second, _) = _bold(study, pair)
             found.append(PearsonR(*first.shape[1::2]))
             found[-1].update(first, second, valid)
@@ -118,7 +118,7 @@ def inter_subject_correlation(study: Study, spans: Sequence[Span], processes: Ra
 
     def correlate_share() -> list[PearsonR]:
         found = []
-        for bold, valid in _bold(study, processes.share(shared)):
+        for bold, valid in shown(processes, _bold(study, processes.share(shared)), "alike", len(shared)):
             bold = bold.double()
             others = (bold.sum(1, keepdim=True) - bold) / (int(valid[0, :, 0].sum()) - 1)  # an absent one's is 0
             found.append(PearsonR(*bold.shape[1::2]))

@@ -6,6 +6,8 @@ subjects and samples, each TR counting alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from trainer.scoring.metrics import is_constant
@@ -51,12 +53,14 @@ class Connectivity:
     def merge(self, other: Connectivity) -> None:
         """Take in what another has seen."""
         self.total += other.total
-        self.weight += other.weight
+        self.weight += int(other.weight)
         self.spoilt |= other.spoilt
 
     def mean(self) -> np.ndarray:
-        """(V, V); NaN in the rows and columns of parcels that were not numbers somewhere."""
+        """(V, V); NaN in the rows and columns of parcels that were not numbers somewhere, all of it without any TR."""
         found = self.total / (_FIXED_POINT * max(self.weight, 1))
+        if not self.weight:
+            found[:] = np.nan
         found[self.spoilt] = np.nan
         found[:, self.spoilt] = np.nan
         return found
@@ -77,9 +81,12 @@ def compare(connectivity: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     return (float(a @ b) / size if size else 0.0), error
 
 
-def segment_trs(shortest: int) -> int:
-    """TRs of a segment of the spectrum, in a set whose shortest run has so many: one grid of frequencies for all."""
-    return min(SEGMENT_TRS, shortest)
+def segment_trs(lengths: Sequence[int]) -> int:
+    """TRs of a segment of the spectrum, in a set of runs of these lengths: one grid of frequencies for all.
+
+    No longer than the shortest run of two TRs or more: one TR has no spectrum, and no part in that of its set.
+    """
+    return min(SEGMENT_TRS, min((length for length in lengths if length > 1), default=1))
 
 
 def frequencies(segment: int, tr_s: float) -> np.ndarray:
@@ -91,13 +98,15 @@ def spectrum(series: np.ndarray, segment: int, tr_s: float) -> np.ndarray:
     """Power spectral density (F,) of series (..., T, V), mean over all but time, in squared units of BOLD per Hz.
 
     Welch's method (1967, IEEE Trans. Audio Electroacoust. 15, 70): Hann windows that overlap by half, each without its
-    mean. Empty for segments of one TR.
+    mean. Empty for segments of one TR; 0 for a series that is shorter than a segment.
     """
     if segment < 2:
         return np.zeros(0)
     step = max(segment - segment // 2, 1)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(segment) / segment)
     starts = range(0, series.shape[-2] - segment + 1, step)
+    if not starts:
+        return np.zeros(segment // 2)
     power = np.zeros(segment // 2 + 1)
     for start in starts:
         piece = series[..., start : start + segment, :]

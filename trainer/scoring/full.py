@@ -69,10 +69,18 @@ def keys_of(
     groups: rsa.Groups,
     ceiling: np.ndarray | None,
     resampled: Mapping[str, np.ndarray],
+    processes: Ranks,
 ) -> dict[str, Any]:
-    """All that a score file says beyond r; `ceiling` (S, V) and the resamplings of `resample` may be absent."""
+    """All that a score file says beyond r, on every rank.
+
+    `ceiling` (S, V) and the resamplings of `resample` may be absent.
+    """
     samples = [study.manifest.samples[span.sample] for span in study.spans[set_name]]
-    keys = {**part_keys(scores, estimate, samples), **similarity_keys(scores, estimate, groups), "full": True}
+    keys = {
+        **part_keys(scores, estimate, samples),
+        **similarity_keys(scores, estimate, groups, processes),
+        "full": True,
+    }
     if estimate in resampled:
         keys |= interval_keys(scores, estimate, resampled[estimate], study.manifest.subjects)
     if ceiling is not None:
@@ -118,14 +126,16 @@ def ceiling_keys(scores: SetScores, estimate: str, ceiling: np.ndarray) -> dict[
     }
 
 
-def similarity_keys(scores: SetScores, estimate: str, groups: rsa.Groups) -> dict[str, Any]:
-    """Representational similarity of each group of parcels."""
+def similarity_keys(scores: SetScores, estimate: str, groups: rsa.Groups, processes: Ranks) -> dict[str, Any]:
+    """Representational similarity of each group of parcels; runs of too few TRs to compare any have no part in it."""
     sums = [run.pairs[estimate] for run in scores.runs]
     if estimate in scores.runs[0].similarity:
-        similarity = rsa.over_runs([run.similarity[estimate] for run in scores.runs], [run.n > 0 for run in sums])
+        similarity = rsa.over_runs(
+            [run.similarity[estimate] for run in scores.runs], [run.n >= rsa.LEAST_PATTERNS for run in sums]
+        )
         by = "TRs within runs"
     else:
-        similarity, by = rsa.of_runs(sums, groups), "runs"
+        similarity, by = rsa.of_runs(sums, groups, processes), "runs"
     found = rsa.summary(similarity, scores.correlations[estimate].present, groups)
     return {"rsa": {name: finite(rho) for name, rho in found.items()}, "rsa_by": by}
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.errors import InputError
+from trainer.progress import alive
 from trainer.scoring.metrics import PearsonR, is_constant, merged
-from trainer.scoring.shares import Ranks, in_order
+from trainer.scoring.shares import Ranks, in_order, shown
 
 BLOCK_S = 60.0
 RUNS_TO_DRAW = 10
@@ -151,11 +152,13 @@ def bootstrap(
         sums = ResampledSums(n_resamplings, whole.mean_x[subject, parcels], whole.mean_y[subject, parcels])
         if series is None:
             sums.add_runs(weights, runs, subject, parcels)
+            alive()
             return sums.r()
         for run, drawn in zip(series, blocks, strict=True):
             if run.present[subject]:
                 x, y = (values[subject, :, parcels].astype(np.float64) for values in (run.prediction, run.bold))
                 sums.add_trs(drawn, x, y)
+                alive()
         return sums.r()
 
     def subject_mean(subject: int) -> np.ndarray:
@@ -166,7 +169,12 @@ def bootstrap(
         return total / n_parcels
 
     subjects = range(whole.mean_x.shape[0])
-    return np.stack(in_order(processes, lambda: [subject_mean(s) for s in processes.share(subjects)]), axis=1)
+
+    def resample_share() -> list[np.ndarray]:
+        mine = shown(processes, processes.share(subjects), f"resampling {set_name}", len(subjects))
+        return [subject_mean(s) for s in mine]
+
+    return np.stack(in_order(processes, resample_share), axis=1)
 
 
 def interval(values: np.ndarray) -> tuple[float, float] | None:

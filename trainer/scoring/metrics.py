@@ -70,9 +70,13 @@ class PearsonR:
     def merge(self, other: PearsonR) -> None:
         """Take in all that another accumulator has seen (another rank, say)."""
         for s in range(len(self.n)):
-            if other.n[s]:
-                moments = (int(other.n[s]), other.mean_x[s], other.mean_y[s], other.xx[s], other.yy[s], other.xy[s])
-                self._merge(s, *moments)
+            self.merge_subject(s, other, s)
+
+    def merge_subject(self, s: int, other: PearsonR, row: int) -> None:
+        """Take in, for one subject, what another accumulator has seen in a row."""
+        if other.n[row]:
+            sums = (other.mean_x[row], other.mean_y[row], other.xx[row], other.yy[row], other.xy[row])
+            self._merge(s, int(other.n[row]), *sums)
 
     def _merge(
         self, s: int, n: int, mean_x: np.ndarray, mean_y: np.ndarray, xx: np.ndarray, yy: np.ndarray, xy: np.ndarray

@@ -24,6 +24,7 @@ from trainer.models.anchor import Anchor
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.flow import FlowMatching
 from trainer.models.randomness import fold_in, make_keys
+from trainer.progress import alive
 from trainer.run import checkpoint
 from trainer.run.directory import StageDirectory
 
@@ -81,9 +82,9 @@ class FlowPredictor:
         arguments = (around, items.mask, items.subject, items.keys)
         predictions = {"anchor": around}
         if "mean" in self.estimates:
-            predictions["mean"] = self.flow.posterior_mean(*arguments, n_draws=self.options.posterior_draws)
+            predictions["mean"] = self.flow.posterior_mean(*arguments, n_draws=self.options.posterior_draws, tick=alive)
         if "sample" in self.estimates:
-            predictions["sample"] = self.flow.sample(*arguments, temperature=self.options.temperature)
+            predictions["sample"] = self.flow.sample(*arguments, temperature=self.options.temperature, tick=alive)
         inside = items.put(self.flow.subspace(items.take(batch.bold), items.subject), batch.bold)
         pairs: Pairs = {}
         for name, prediction in predictions.items():
@@ -103,7 +104,7 @@ class FlowPredictor:
         items, around, batch = self._around(batch)
         bold = items.take(batch.bold)
         losses = [
-            self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), count=1).item()
+            self.flow.loss(bold, around, items.mask, items.subject, fold_in(items.keys, draw), 1, alive).item()
             for draw in range(LOSS_DRAWS)
         ]
         return sum(losses) / LOSS_DRAWS, int(items.mask.sum())
@@ -115,7 +116,8 @@ class FlowPredictor:
         for draw in range(count):
             keys = fold_in(items.keys, FIRST_SAMPLE + draw) if draw else items.keys
             arguments = (around, items.mask, items.subject, keys)
-            yield items.put(self.flow.sample(*arguments, temperature=self.options.temperature), batch.bold)
+            sample = self.flow.sample(*arguments, temperature=self.options.temperature, tick=alive)
+            yield items.put(sample, batch.bold)
 
     @torch.no_grad()
     def draws(self, batch: Batch, count: int) -> Iterator[Draws]:
@@ -130,6 +132,7 @@ class FlowPredictor:
                 items.subject[same],
                 sample_keys(items.keys[i : i + 1], count),
                 temperature=self.options.temperature,
+                tick=alive,
             )
             yield Draws(subject, *map(_as_float64, (bold[i], around[i], samples)))
 
@@ -196,7 +199,11 @@ def estimated(predictor: Predictor, batch: Batch, estimate: str, samples: int | 
     """
     if estimate == "sample":
         assert isinstance(predictor, FlowPredictor) and samples, "stage 1 draws no samples"
-        return np.stack([draw[0].float().cpu().numpy() for draw in predictor.samples(batch, samples)])
+        draws = []
+        for draw in predictor.samples(batch, samples):
+            draws.append(draw[0].float().cpu().numpy())
+            alive()
+        return np.stack(draws)
     prediction, _ = predictor.predict(batch)[estimate]
     whole: np.ndarray = prediction[0].float().cpu().numpy()
     return whole

@@ -7,12 +7,19 @@ whatever K is, since pairs of samples are counted K (K - 1) times. Lower is bett
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+
+from trainer.progress import alive
 
 LEVELS = (0.5, 0.8, 0.95)
 VARIOGRAM_PARCELS = 100
 VARIOGRAM_TRS = 100
 """The variogram score looks at all pairs of parcels in all TRs: of so many at most, spread evenly."""
+
+_NUMBERS_AT_ONCE = 2**23
+"""Copies of the samples are made of some TRs at a time, 64 MiB each, wherever that leaves every bit as it is."""
 
 
 def crps(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
@@ -22,21 +29,39 @@ def crps(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
     the sorted samples: the k-th of K is larger than k - 1 of them and smaller than K - k.
     """
     count = len(samples)
-    ordered = np.sort(samples - bold, axis=0)
     rank_weights = 2.0 * np.arange(1, count + 1) - count - 1
-    spread = np.tensordot(rank_weights, ordered, axes=1) / (count * (count - 1))
-    return np.abs(ordered).mean(axis=0) - spread
+    ordered = samples - bold
+    for trs in _parts(samples):
+        ordered[:, trs].sort(axis=0)
+    # in one product: its last bits depend on the shape
+    spread: np.ndarray = np.tensordot(rank_weights, ordered, axes=1) / (count * (count - 1))
+    for trs in _parts(samples):
+        spread[trs] = np.abs(ordered[:, trs]).mean(axis=0) - spread[trs]
+    return spread
+
+
+def _parts(samples: np.ndarray) -> Iterator[slice]:
+    """The TRs of samples (K, T, V) in parts that bound the copies, each of which is told to go on."""
+    count, n_trs, parcels = samples.shape
+    step = max(1, _NUMBERS_AT_ONCE // (count * parcels))
+    for start in range(0, n_trs, step):
+        yield slice(start, start + step)
+        alive()
 
 
 def energy_score(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
     """Energy score over all parcels of each TR (T,): the CRPS with the Euclidean norm over parcels."""
     count = len(samples)
-    away = (samples - bold).transpose(1, 0, 2)  # (T, K, V): around the BOLD the Gram matrix loses no digits
-    gram = away @ away.transpose(0, 2, 1)
-    squares = np.diagonal(gram, axis1=1, axis2=2)
-    apart = np.sqrt(np.maximum(squares[:, :, None] + squares[:, None] - 2 * gram, 0.0))
-    apart[:, np.arange(count), np.arange(count)] = 0.0
-    return np.sqrt(squares).mean(axis=1) - apart.sum(axis=(1, 2)) / (2 * count * (count - 1))
+    found = np.empty(len(bold))
+    for trs in _parts(samples):
+        # (T, K, V): around the BOLD the Gram matrix loses no digits
+        away = (samples[:, trs] - bold[trs]).transpose(1, 0, 2)
+        gram = away @ away.transpose(0, 2, 1)
+        squares = np.diagonal(gram, axis1=1, axis2=2)
+        apart = np.sqrt(np.maximum(squares[:, :, None] + squares[:, None] - 2 * gram, 0.0))
+        apart[:, np.arange(count), np.arange(count)] = 0.0
+        found[trs] = np.sqrt(squares).mean(axis=1) - apart.sum(axis=(1, 2)) / (2 * count * (count - 1))
+    return found
 
 
 def variogram_score(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
@@ -53,6 +78,7 @@ def variogram_score(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
         drawn = np.sqrt(apart).mean(axis=0)
         variance = apart.mean(axis=0) - drawn**2  # the square of what order 0.5 takes the root of is there already
         total += ((seen - drawn) ** 2 - variance / (count - 1)).sum(axis=1)
+        alive()
     pairs = parcels * (parcels - 1) // 2
     return total / pairs if pairs else np.full(n_trs, np.nan)
 
@@ -72,11 +98,12 @@ def coverage(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
     95 % is not missed by more than 43 % of such values. A value that equals some samples stands for all ranks between.
     """
     count = len(samples)
-    low = (samples < bold).sum(axis=0) / (count + 1)
-    high = ((samples <= bold).sum(axis=0) + 1) / (count + 1)
-    shares = []
-    for level in LEVELS:
-        inside = np.minimum(high, (1 + level) / 2) - np.maximum(low, (1 - level) / 2)
-        shares.append(np.maximum(inside, 0.0) / (high - low))
-    unknown = ~np.isfinite(samples).all(axis=0)
-    return np.where(unknown, np.nan, np.stack(shares))
+    found = np.empty((len(LEVELS), *bold.shape))
+    for trs in _parts(samples):
+        low = (samples[:, trs] < bold[trs]).sum(axis=0) / (count + 1)
+        high = ((samples[:, trs] <= bold[trs]).sum(axis=0) + 1) / (count + 1)
+        unknown = ~np.isfinite(samples[:, trs]).all(axis=0)
+        for share, level in zip(found, LEVELS, strict=True):
+            inside = np.minimum(high, (1 + level) / 2) - np.maximum(low, (1 - level) / 2)
+            share[trs] = np.where(unknown, np.nan, np.maximum(inside, 0.0) / (high - low))
+    return found

@@ -25,6 +25,8 @@ from trainer.run.files import read_object, whole, write_json
 from trainer.scoring.metrics import Correlation
 from trainer.scoring.sets import SetScores
 
+PAIRS = "pairs_of_parcels"
+"""The key that says how many of how many parcels were taken where pairs are judged; absent where all were."""
 SAME_R = 1e-4
 """Scores of one checkpoint on two devices differ by less."""
 
@@ -158,6 +160,9 @@ def _full_lines(score: Mapping[str, Any], title: str) -> list[str]:
         )
     if "rsa" in score:
         found.append(f"{title} representational similarity: {printed(score['rsa']['all'])}")
+    if PAIRS in score:
+        taken, whole = score[PAIRS]["taken"], score[PAIRS]["of"]
+        found.append(f"{title} functional connectivity and full covariance are of {taken} of {whole} parcels")
     return found
 
 

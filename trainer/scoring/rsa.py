@@ -14,12 +14,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from trainer.data.study import Study
+from trainer.progress import alive
 from trainer.scoring.atlas import networks
 from trainer.scoring.intervals import draws_runs
 from trainer.scoring.metrics import PearsonR
 from trainer.scoring.proper import spread_evenly
+from trainer.scoring.shares import Ranks, in_order, shown
 
 ALL = "all"
+LEAST_PATTERNS = 3
+"""Two patterns have but one dissimilarity, which cannot be ranked."""
 TRS_OF_A_RUN = 300
 TRS_OF_A_SET = 3000
 """TRs whose pairs are compared, spread evenly: at most so many of each run, and about so many of all runs."""
@@ -91,27 +95,34 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def similarities(prediction: np.ndarray, bold: np.ndarray, present: np.ndarray, groups: Groups) -> np.ndarray:
     """Spearman's rho (S, groups) of the dissimilarities of patterns (S, N, V); NaN for an absent subject.
 
-    Also NaN where there are fewer than three patterns (two have but one dissimilarity), or a group has one parcel.
+    Also NaN where there are fewer than `LEAST_PATTERNS`, or a group has one parcel.
     """
     found = np.full((len(bold), len(groups)), np.nan)
-    if bold.shape[1] < 3:
+    if bold.shape[1] < LEAST_PATTERNS:
         return found
     for s in np.flatnonzero(present):
         for g, parcels in enumerate(groups.values()):
             if len(parcels) > 1:
                 found[s, g] = spearman(dissimilarities(prediction[s][:, parcels]), dissimilarities(bold[s][:, parcels]))
+                alive()
     return found
 
 
-def of_runs(runs: Sequence[PearsonR], groups: Groups) -> np.ndarray:
-    """(S, groups) of the patterns of whole runs, each subject's over the runs that it has."""
-    found = np.full((len(runs[0].n), len(groups)), np.nan)
-    for s in range(len(found)):
+def of_runs(runs: Sequence[PearsonR], groups: Groups, processes: Ranks) -> np.ndarray:
+    """(S, groups) of the patterns of whole runs, each subject's over the runs that it has; the ranks share subjects."""
+
+    def of_subject(s: int) -> np.ndarray:
         mine = [run for run in runs if run.n[s]]
-        if mine:
-            prediction, bold = (np.stack([getattr(run, f)[s] for run in mine])[None] for f in ("mean_x", "mean_y"))
-            found[s] = similarities(prediction, bold, np.ones(1, bool), groups)[0]
-    return found
+        if not mine:
+            return np.full(len(groups), np.nan)
+        prediction, bold = (np.stack([getattr(run, f)[s] for run in mine])[None] for f in ("mean_x", "mean_y"))
+        return similarities(prediction, bold, np.ones(1, bool), groups)[0]
+
+    def compare_share() -> list[np.ndarray]:
+        subjects = range(len(runs[0].n))
+        return [of_subject(s) for s in shown(processes, processes.share(subjects), "comparing runs", len(subjects))]
+
+    return np.stack(in_order(processes, compare_share))
 
 
 def over_runs(runs: Sequence[np.ndarray], present: Sequence[np.ndarray]) -> np.ndarray:

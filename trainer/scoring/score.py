@@ -3,6 +3,7 @@
     scores/step_00000500-val-mean.json      r, and in full what `full` knows (one file for each estimate)
     scores/step_00000500-val-series.npz     in full: BOLD, prediction and samples of a few parcels in the longest run
     scores/step_00000500-val-distribution.* in full, stage 2: its samples as a distribution
+    scores/partial/                         in full, until the files above are there: what is scored so far
 
 A training scores plainly (r); `evaluate` and `watch` score in full.
 """
@@ -23,8 +24,9 @@ from trainer.run.files import write_json
 from trainer.scoring import full as beyond
 from trainer.scoring.ceilings import write_ceilings
 from trainer.scoring.distribution import Baselines, Judgement, Shown, fit_baselines, judge_distribution
+from trainer.scoring.kept import NOTHING_KEPT, Kept, kept_of
 from trainer.scoring.predictor import TRAINED, FlowPredictor, Predictor, load_predictor
-from trainer.scoring.records import lines, stem, write_array, write_arrays, write_scores
+from trainer.scoring.records import PAIRS, lines, stem, write_array, write_arrays, write_scores
 from trainer.scoring.rsa import Groups, groups_of
 from trainer.scoring.sets import ESTIMATES, SetScores, score_set
 from trainer.scoring.shares import Ranks
@@ -42,6 +44,12 @@ class Findings:
     bootstrap: dict[str, np.ndarray] = field(default_factory=dict)
     series: dict[str, np.ndarray] = field(default_factory=dict)
     distribution: Judgement | None = None
+
+    def note_pairs(self) -> None:
+        """Say in the score files too that the pairs of some parcels only were judged."""
+        if self.distribution is not None and PAIRS in self.distribution.record:
+            for keys in self.keys.values():
+                keys[PAIRS] = self.distribution.record[PAIRS]
 
 
 def score_checkpoint(
@@ -76,11 +84,16 @@ def score_checkpoint(
         facts["data"] = study.digest(set_name)
         if full:
             ceiling = write_ceilings(directory, study, set_name, processes)
-            scores = score_set(predictor, study, set_name, processes, beyond.details_of(study, set_name, groups))
-            findings = _find(predictor, scores, groups, ceiling, baselines, study, set_name, processes)
+            kept = kept_of(directory, stage, step, set_name, study, groups, processes)
+            processes.first(kept.begin)
+            details = beyond.details_of(study, set_name, groups)
+            scores = score_set(predictor, study, set_name, processes, details, kept)
+            findings = _find(predictor, scores, groups, ceiling, baselines, study, set_name, processes, kept)
         else:
+            kept = NOTHING_KEPT
             scores, findings = score_set(predictor, study, set_name, processes), Findings()
         processes.first(partial(_record, directory, scores, study.manifest.subjects, facts, findings, say))
+        processes.first(kept.remove)
 
 
 def untrained_facts(study: Study, set_name: str, trained: Collection[str]) -> dict[str, list[str]]:
@@ -98,15 +111,19 @@ def _find(
     study: Study,
     set_name: str,
     processes: Ranks,
+    kept: Kept,
 ) -> Findings:
     """All there is to say of a set beyond r, on every rank."""
     found = Findings(bootstrap=beyond.resample(scores, study, set_name, processes))
     for estimate in scores.estimates:
-        found.keys[estimate] = beyond.keys_of(scores, estimate, study, set_name, groups, ceiling, found.bootstrap)
+        found.keys[estimate] = beyond.keys_of(
+            scores, estimate, study, set_name, groups, ceiling, found.bootstrap, processes
+        )
     lengths = [len(span) for span in study.spans[set_name]]
     shown = Shown(beyond.longest(lengths), beyond.shown_parcels(scores.correlations["mean"].r))
     if isinstance(predictor, FlowPredictor) and study.config.evaluate.samples:
-        found.distribution = judge_distribution(predictor, study, set_name, baselines, shown, processes)
+        found.distribution = judge_distribution(predictor, study, set_name, baselines, shown, processes, kept)
+        found.note_pairs()
     samples = None if found.distribution is None else found.distribution.samples
     found.series = beyond.series_of(scores, study, set_name, shown, samples)
     return found

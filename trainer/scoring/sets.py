@@ -14,13 +14,17 @@ import numpy as np
 
 from trainer.data.batches import Batch, whole_runs
 from trainer.data.study import Study
+from trainer.progress import alive
 from trainer.scoring.intervals import RunSeries
+from trainer.scoring.kept import NOTHING_KEPT, Arrays, Kept, filled, named
 from trainer.scoring.metrics import Correlation, PearsonR, merged
 from trainer.scoring.predictor import FlowPredictor, Pairs, Predictor
 from trainer.scoring.rsa import Groups, similarities, trs_of_a_run
 from trainer.scoring.shares import Ranks, in_order, shown
 
 ESTIMATES = ("mean", "sample")
+KIND = "run"
+"""What the names of kept scores of runs begin with."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,34 @@ class RunScores:
     series: dict[str, RunSeries] = field(default_factory=dict)
     similarity: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it by name, to be kept; the BOLD of the series, which the estimates share, once."""
+        found = {"loss": np.array(self.loss), "count": np.array(self.count)}
+        for name, sums in self.pairs.items():
+            found |= named(f"pairs/{name}", sums)
+        for name, run in self.series.items():
+            found |= {f"series/{name}": run.prediction, "bold": run.bold, "present": run.present}
+        return found | {f"similarity/{name}": values for name, values in self.similarity.items()}
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> RunScores:
+        """What `arrays` gave."""
+
+        def under(folder: str) -> dict[str, np.ndarray]:
+            return {name.split("/", 1)[1]: array for name, array in arrays.items() if name.startswith(f"{folder}/")}
+
+        pairs = dict.fromkeys(name.split("/")[0] for name in under("pairs"))
+        return cls(
+            pairs={name: filled(PearsonR(0, 0), f"pairs/{name}", arrays) for name in pairs},
+            loss=float(arrays["loss"]),
+            count=int(arrays["count"]),
+            series={
+                name: RunSeries(prediction, arrays["bold"], arrays["present"])
+                for name, prediction in under("series").items()
+            },
+            similarity=under("similarity"),
+        )
+
 
 @dataclass(frozen=True)
 class SetScores:
@@ -69,33 +101,56 @@ class SetScores:
         return [name for name in ESTIMATES if name in self.correlations]
 
 
-def dealt_runs(study: Study, set_name: str, processes: Ranks, title: str) -> Iterator[Batch]:
-    """The whole runs of a set that this rank is dealt, on its device, with its progress shown."""
+def dealt_runs(study: Study, set_name: str, processes: Ranks, title: str, numbers: Sequence[int]) -> Iterator[Batch]:
+    """Those of the whole runs of these numbers that this rank is dealt, on its device, with its progress shown."""
     spans, context = study.spans[set_name], study.config.data.context_trs
     rank, world = processes.rank, processes.world
-    batches = whole_runs(study.shards, spans, study.streams, study.scaling, context=context, rank=rank, world=world)
-    for batch in shown(processes, batches, f"{title} {set_name}", len(spans)):
+    batches = whole_runs(
+        study.shards, spans, study.streams, study.scaling, context=context, rank=rank, world=world, numbers=numbers
+    )
+    for batch in shown(processes, batches, f"{title} {set_name}", len(numbers)):
         yield batch.to(processes.device)
 
 
 def score_set(
-    predictor: Predictor, study: Study, set_name: str, processes: Ranks, details: Details = NO_DETAILS
+    predictor: Predictor,
+    study: Study,
+    set_name: str,
+    processes: Ranks,
+    details: Details = NO_DETAILS,
+    kept: Kept = NOTHING_KEPT,
 ) -> SetScores:
     """Score a predictor over all TRs of a set, on all ranks; every rank gets the scores.
 
-    The ranks share the runs. Each run has sums of its own, in one process too, and they are merged in the order of the
-    runs: the scores are the same to the bit for any number of ranks.
+    The ranks share the runs, but for those that are `kept`. Each run has sums of its own, in one process too, and they
+    are merged in the order of the runs: the scores are the same to the bit for any number of ranks.
 
     Raises:
         InputError: on every rank, where one cannot read a shard.
     """
-    spans = study.spans[set_name]
+    n_runs = len(study.spans[set_name])
+    done = processes.first(lambda: _kept_scores(kept))
+    missing = [number for number in range(n_runs) if number not in done]
 
     def score_share() -> list[RunScores]:
-        runs = dealt_runs(study, set_name, processes, "scoring")
-        return [_score_run(predictor, batch, details, len(spans)) for batch in runs]
+        scored = []
+        for batch in dealt_runs(study, set_name, processes, "scoring", missing):
+            scored.append(_score_run(predictor, batch, details, n_runs))
+            kept.write(f"{KIND}-{int(batch.windows[0]):05d}", scored[-1].arrays())
+        return scored
 
-    return _merge(in_order(processes, score_share))
+    done |= dict(zip(missing, in_order(processes, score_share), strict=True))
+    return _merge([done[number] for number in range(n_runs)])
+
+
+def _kept_scores(kept: Kept) -> dict[int, RunScores]:
+    """What is kept of runs, by their numbers."""
+    found = {}
+    for name in kept.names(KIND):
+        arrays = kept.read(name)
+        if arrays is not None:
+            found[int(name.removeprefix(f"{KIND}-"))] = RunScores.of(arrays)
+    return found
 
 
 def _score_run(predictor: Predictor, batch: Batch, details: Details, n_runs: int) -> RunScores:
@@ -103,10 +158,12 @@ def _score_run(predictor: Predictor, batch: Batch, details: Details, n_runs: int
     scored = batch.cut(batch.scored())
     valid = scored.mask[:, None, :] & scored.subject_mask[:, :, None]
     predicted = predictor.predict(batch)
+    alive()
     pairs = {}
     for name, (prediction, target) in predicted.items():
         pairs[name] = PearsonR(*target.shape[1::2])
         pairs[name].update(prediction, target, valid)
+        alive()
     loss, count = 0.0, 0
     if isinstance(predictor, FlowPredictor) and predictor.has_fixed_latent:
         loss, count = predictor.loss(batch)

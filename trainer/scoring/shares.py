@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from trainer.errors import InputError
 from trainer.progress import watched
 
 Item = TypeVar("Item")
+
+_SUMMED_AT_ONCE = 2**20
+"""Numbers that a rank sends at once where arrays are summed up, 8 MiB."""
 
 
 class Ranks(Protocol):
@@ -97,6 +101,20 @@ def in_order(processes: Ranks, work: Callable[[], Sequence[Item]]) -> list[Item]
             raise outcome if isinstance(outcome, Exception) else found  # its own, where it has one, with the traceback
         dealt.append(found)
     return [dealt[i % len(dealt)][i // len(dealt)] for i in range(sum(map(len, dealt)))]
+
+
+def summed(processes: Ranks, integers: np.ndarray) -> np.ndarray:
+    """The sum over the ranks of their arrays of integers, on every rank.
+
+    It is gathered in parts: what a rank holds does not grow with the number of ranks.
+    """
+    if processes.world == 1:
+        return integers
+    flat, total = integers.reshape(-1), np.zeros(integers.size, integers.dtype)
+    for start in range(0, len(flat), _SUMMED_AT_ONCE):
+        part = slice(start, start + _SUMMED_AT_ONCE)
+        total[part] = sum(processes.gather_objects(flat[part]))
+    return total.reshape(integers.shape)
 
 
 def shown(processes: Ranks, items: Iterable[Item], title: str, total: int) -> Iterable[Item]:

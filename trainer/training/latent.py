@@ -114,9 +114,10 @@ class Series:
             yield block
 
     def _read(self, predictions: Predictions | None) -> Iterator[Block]:
-        shards, scaling, seed = self.study.shards, self.study.scaling, self.study.config.seed
-        share = {"rank": self.rank, "world": self.world}
-        for batch in whole_runs(shards, self.spans, [], scaling, anchor=predictions, **share):
+        study, seed = self.study, self.study.config.seed
+        for batch in whole_runs(
+            study.shards, self.spans, [], study.scaling, anchor=predictions, rank=self.rank, world=self.world
+        ):
             for subject in batch.subject_mask[0].nonzero()[:, 0]:
                 keys = make_keys(seed, 0, batch.windows, subject[None])
                 bold = batch.bold[0, subject].split(self.rows)
