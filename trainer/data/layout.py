@@ -76,6 +76,14 @@ def find_files(root: Path, pattern: str, known: Mapping[str, str]) -> Iterator[t
             yield root / name, {**known, **{k: v for k, v in match.groupdict().items() if v is not None}}
 
 
+def _enter(folder: Path) -> None:
+    """Raise PermissionError that names a folder whose files cannot be reached."""
+    try:
+        os.stat(f"{folder}/.")  # noqa: PTH116  (pathlib drops the dot, and so asks the folder above)
+    except PermissionError as error:
+        raise PermissionError(error.errno, error.strerror, str(folder)) from error
+
+
 def _check_readable(root: Path, shape: str) -> None:
     """Raise PermissionError for a folder below `root` that glob would have to enter or list and cannot.
 
@@ -87,7 +95,7 @@ def _check_readable(root: Path, shape: str) -> None:
         for name in glob.iglob(above, root_dir=root, recursive=True) if above else [""]:  # noqa: PTH207
             folder = root / name
             if folder.is_dir():
-                os.stat(f"{folder}/.")  # noqa: PTH116  (pathlib drops the dot, and so asks the folder above)
+                _enter(folder)
                 if glob.has_magic(part):
                     os.scandir(folder).close()
 
