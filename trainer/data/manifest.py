@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from trainer.data.keys import file_stems
 from trainer.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -75,10 +77,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A run that was left out on request, and why."""
+    """A run that was left out on request, and why; with a subject only that subject's scan of it.
+
+    Where a file that holds a subject's scans of a whole series cannot be read, `run` is the series.
+    """
 
     run: str
     reason: str
+    subject: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.run}: {f'subject {self.subject}: ' if self.subject else ''}{self.reason}"
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ class Moments:
 class Manifest:
     """A folder of shards, described. Arrays of a sample are named `bold` or like their stream.
 
-    `skipped` are the runs that were left out because something was wrong with them.
+    `skipped` are the runs and scans that were left out because something was wrong with them. `dropped_parcels` are the
+    columns of the source files, counted from 0, that `parcels` does not count.
     """
 
     name: str
@@ -153,6 +163,12 @@ class Manifest:
     statistics: FileRecord
     folder: Path = field(default=Path(), compare=False)
     skipped: tuple[Skipped, ...] = ()
+    dropped_parcels: tuple[int, ...] = ()
+
+    @cached_property
+    def file_stems(self) -> list[str]:
+        """For each sample what the name of a file about it begins with."""
+        return file_stems([sample.key for sample in self.samples])
 
     def stream(self, name: str) -> Stream:
         """The stream of that name. Raises InputError that lists what the shards hold."""
@@ -188,6 +204,11 @@ class Manifest:
         for sample in content["samples"]:
             if not sample["wanted"]:  # so that shards of runs with BOLD are what they always were, to the byte
                 del sample["wanted"]
+        for skipped in content["skipped"]:
+            if not skipped["subject"]:
+                del skipped["subject"]
+        if not content["dropped_parcels"]:
+            del content["dropped_parcels"]
         document = {"format": FORMAT, "sha256": _digest(content), **content}
         (folder / MANIFEST).write_text(json.dumps(document, indent=1) + "\n")
 
@@ -308,6 +329,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
             "samples": samples,
             "shards": tuple(FileRecord(**s) for s in content["shards"]),
             "skipped": tuple(Skipped(**s) for s in content.get("skipped", ())),
+            "dropped_parcels": tuple(content.get("dropped_parcels", ())),
             "statistics": FileRecord(**content["statistics"]),
         },
         folder=folder,

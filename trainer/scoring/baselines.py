@@ -40,7 +40,7 @@ class StoredPredictions(Mapping[int, np.ndarray]):
         self.folder, self.manifest = folder, manifest
 
     def _path(self, sample: int) -> Path:
-        return self.folder / f"{self.manifest.samples[sample].key}.npy"
+        return self.folder / f"{self.manifest.file_stems[sample]}.npy"
 
     def __getitem__(self, sample: int) -> np.ndarray:
         return np.load(self._path(sample), mmap_mode="r")

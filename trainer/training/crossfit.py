@@ -85,7 +85,7 @@ class Predictions(Mapping[int, np.ndarray]):
 
     def path(self, sample: int) -> Path:
         """Where the predictions of a sample lie."""
-        return self.folder / f"{self.study.manifest.samples[sample].key}.npy"
+        return self.folder / f"{self.study.manifest.file_stems[sample]}.npy"
 
     def __getitem__(self, sample: int) -> np.ndarray:
         return np.load(self.path(sample), mmap_mode="r")
