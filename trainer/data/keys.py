@@ -40,6 +40,11 @@ def reversible_key(series: str, run: str, repeat: int | None) -> str:
     return "~".join(_encoded(part) for part in (series, run, *([] if repeat is None else [str(repeat)])))
 
 
+def is_of_series(key: str, series: str) -> bool:
+    """Whether a key is one of a run of the series, or the series itself; `a_b` may be of the series a or a_b."""
+    return key == series or key.startswith((f"{_UNSAFE.sub('_', series)}_", f"{_encoded(series)}~"))
+
+
 def _encoded(text: str) -> str:
     return _UNSAFE.sub(lambda m: "".join(f"%{byte:02X}" for byte in m[0].encode("utf-8", "surrogateescape")), text)
 
