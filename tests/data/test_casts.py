@@ -61,11 +61,12 @@ def test_every_other_number_is_stored_as_numpy_casts_it(number: float, dtype: st
         (noise(6, 1e-9), "float16"),
         (noise(6, 0.01, 1000), "float16"),
         (np.concatenate([noise(5), noise(1, 0.01, 1000)], 1), "float16"),
+        (np.concatenate([noise(4), noise(2, 1e-9)], 1), "float16"),
         (noise(6, 1, 1e9, "float64"), "float32"),
         (noise(6, 1e-50, 0, "float64"), "float32"),
         ((2**30 + RNG.integers(0, 9, (50, 6))), "float32"),
     ],
-    ids=["small scale", "large mean", "one large mean", "float64 mean", "float64 scale", "integers"],
+    ids=["small scale", "large mean", "one large mean", "a part", "float64 mean", "float64 scale", "integers"],
 )
 def test_variation_that_is_rounded_away_is_refused(run: np.ndarray, dtype: str) -> None:
     with pytest.raises(InputError, match=rf"m/x: {dtype} rounds more than 1% .* columns that vary .*Do something"):

@@ -7,14 +7,13 @@ seconds. What it returns is all that building needs to know.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.data.hdf5 import dataset_names, describe, is_same
+from trainer.data.hdf5 import dataset_names, describe
 from trainer.data.keys import sample_keys
-from trainer.data.layout import BoldPattern, Layout, RunGroups, fill, find_files, pattern_regex
+from trainer.data.layout import Layout, fill, find_files
 from trainer.data.manifest import Skipped, Stream
 from trainer.data.runs import (
     RunPlan,
@@ -26,6 +25,7 @@ from trainer.data.runs import (
     predicted_length,
     unlike_others,
 )
+from trainer.data.scans import Mistakes, Scan, find_scans
 from trainer.data.shards import extension
 from trainer.data.targets import find_targets
 from trainer.errors import InputError
@@ -49,37 +49,12 @@ class Survey:
 
 
 @dataclass
-class _Scan:
-    """One showing of one run, while it is looked for."""
-
-    groups: RunGroups
-    repeated: bool
-    bold: dict[str, Source] = field(default_factory=dict)
-    bad: dict[str, InputError] = field(default_factory=dict)
-    wanted: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass
 class _Found:
     """What lies on disk of one series: its scans by (run, repeat), and where features are."""
 
     series: str
-    scans: dict[tuple[str, int], _Scan]
+    scans: dict[tuple[str, int], Scan]
     features: Mapping[tuple[str, ...], Mapping[str, Path]]
-
-
-@dataclass
-class _Mistakes:
-    """What is wrong with files, runs and scans. Where nothing is to be skipped the first mistake is raised."""
-
-    skip: bool
-    skipped: list[Skipped] = field(default_factory=list)
-
-    def note(self, error: InputError, run: str, subject: str = "") -> None:
-        """Note why a run (or a series), or a subject's scan of it, is left out, or raise the error."""
-        if not self.skip:
-            raise error
-        self.skipped.append(Skipped(run, str(error), subject))
 
 
 def request_streams(
@@ -143,7 +118,7 @@ def survey(
             raise InputError("--series", "unknown", found=name, expected=f"one of {', '.join(layout.series)}")
     chosen = [name for name in layout.series if series is None or name in series]
     notes: list[str] = []
-    mistakes = _Mistakes(skip_bad)
+    mistakes = Mistakes(skip_bad)
     dropped = tuple(sorted(set(drop)))
     found = [_find(layout, root, name, streams, notes, mistakes, dropped) for name in chosen]
     runs = _without_odd_ones(list(_plan(layout, root, found, streams, mistakes)), streams, mistakes)
@@ -169,15 +144,15 @@ def survey(
 
 
 def _find(
-    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str], mistakes: _Mistakes,
+    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str], mistakes: Mistakes,
     dropped: tuple[int, ...],
 ) -> _Found:  # fmt: skip
-    scans: dict[tuple[str, int], _Scan] = {}
+    scans: dict[tuple[str, int], Scan] = {}
     pattern = layout.series[series].bold
     before = len(mistakes.skipped)
     if pattern is not None:
         for label in layout.subjects:
-            _find_scans(layout, root, series, pattern, label, scans, notes, mistakes)
+            find_scans(layout, root, series, pattern, label, scans, notes, mistakes)
         if not scans and len(mistakes.skipped) == before:
             raise InputError(root / pattern.file, "no BOLD file found", expected=f"BOLD of {series}")
         for scan in scans.values() if dropped else ():
@@ -204,7 +179,7 @@ def _without_columns(source: Source, dropped: tuple[int, ...]) -> Source:
 
 
 def _plan(
-    layout: Layout, root: Path, found: Sequence[_Found], streams: Sequence[StreamRequest], mistakes: _Mistakes
+    layout: Layout, root: Path, found: Sequence[_Found], streams: Sequence[StreamRequest], mistakes: Mistakes
 ) -> Iterator[RunPlan]:
     """All runs that have features of every stream and a good scan, or can be predicted."""
     places = [(of, run, repeat, scan) for of in found for (run, repeat), scan in sorted(of.scans.items())]
@@ -231,7 +206,7 @@ def _plan(
         yield RunPlan(key, of.series, run, repeat, scan.groups, bold, features, n_trs, scan.wanted)
 
 
-def _without_odd_ones(runs: Sequence[RunPlan], streams: Sequence[StreamRequest], mistakes: _Mistakes) -> list[RunPlan]:
+def _without_odd_ones(runs: Sequence[RunPlan], streams: Sequence[StreamRequest], mistakes: Mistakes) -> list[RunPlan]:
     """The runs without the scans and runs whose parcels or widths are not those of most."""
     odd = unlike_others(runs, streams)
     if odd and not mistakes.skip:
@@ -256,7 +231,7 @@ def _find_runs_without_bold(
     root: Path,
     series: str,
     indices: Iterable[Mapping[str, Path]],
-    scans: dict[tuple[str, int], _Scan],
+    scans: dict[tuple[str, int], Scan],
     notes: list[str],
 ) -> None:
     """Add the runs of a series without BOLD to `scans`; none where nobody has extracted features of it yet."""
@@ -272,69 +247,7 @@ def _find_runs_without_bold(
         groups = described.groups(run)
         if groups is None:
             raise InputError(f"series.{series}.runs", "does not fit a run of target_sample_number", found=run)
-        scans[run, 1] = _Scan(groups, repeated=False, wanted=targets.get(run, {}))
-
-
-def _find_scans(
-    layout: Layout,
-    root: Path,
-    series: str,
-    pattern: BoldPattern,
-    label: str,
-    scans: dict[tuple[str, int], _Scan],
-    notes: list[str],
-    mistakes: _Mistakes,
-) -> None:
-    """Add one subject's data sets of one series to `scans`."""
-    described = layout.series[series]
-    found_file = False
-    for path, fields in find_files(root, pattern.file, {"subject": layout.subjects[label]}):
-        found_file = True
-        try:
-            names = dataset_names(path)
-            matches = {name: pattern_regex(pattern.dataset, fields).fullmatch(name) for name in names}
-            values = {name: _values(fields, match) for name, match in matches.items() if match}
-            groups = {name: described.groups(values[name].get("run", "")) for name in values}
-            if not any(groups.values()):
-                raise InputError(
-                    path,
-                    "no data set of this series",
-                    found=", ".join(names[:3]) or "an empty file",
-                    expected=f"{pattern.dataset} with run {' or '.join(described.runs)}",
-                )
-        except InputError as error:
-            mistakes.note(error, series, label)
-            continue
-        for name, group in groups.items():
-            if group is not None:
-                place = (values[name]["run"], int(values[name].get("repeat", 1)))
-                scan = scans.setdefault(place, _Scan(group, "repeat" in values[name]))
-                _add_scan(scan, path, name, label, f"run {place[0]}, repeat {place[1]}", mistakes)
-        ignored = [name for name in names if not groups.get(name)]
-        if ignored:
-            notes.append(f"{path}: {len(ignored)} data set(s) are not of {series}: {', '.join(ignored[:3])}")
-    if not found_file:
-        notes.append(f"{series}: no BOLD file of subject {label}")
-
-
-def _values(fields: Mapping[str, str], match: re.Match[str]) -> dict[str, str]:
-    return {**fields, **{k: v for k, v in match.groupdict().items() if v is not None}}
-
-
-def _add_scan(scan: _Scan, path: Path, name: str, label: str, which: str, mistakes: _Mistakes) -> None:
-    """Add one data set to a scan. Raises InputError where the subject has another one already, or it is bad."""
-    other = scan.bold.get(label)
-    if label in scan.bad or (other is not None and other.file == path and is_same(path, name, other.dataset)):
-        return
-    if other is not None:
-        found = f"a second scan of {which}"
-        raise InputError(path, name, found=found, expected="one", fix=f"The other is {other}.")
-    try:
-        scan.bold[label] = describe(path, name, dimensions=(2,), expected="(TRs, parcels)")
-    except InputError as error:
-        if not mistakes.skip:
-            raise
-        scan.bad[label] = error
+        scans[run, 1] = Scan(groups, repeated=False, wanted=targets.get(run, {}))
 
 
 def _feature_index(layout: Layout, root: Path, series: str, folders: tuple[str, ...]) -> dict[str, Path]:
