@@ -53,15 +53,19 @@ def parser() -> argparse.ArgumentParser:
         help="leave out scans, or runs, with something wrong, and list them in the manifest",
     )
     made.add_argument(
-        "--drop-parcels", type=_columns, default=[], metavar="N,N",
+        "--drop-parcels", metavar="N,N",
         help="columns of the BOLD, counted from 0, to leave out of all scans, e.g. one that is NaN in one subject",
     )  # fmt: skip
     return made
 
 
-def _columns(text: str) -> list[int]:
-    """Numbers between commas."""
-    return [int(number) for number in text.split(",")]
+def _columns(text: str | None) -> list[int]:
+    """Numbers between commas. Raises InputError."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError as error:
+        expected = "numbers of columns, from 0, between commas"
+        raise InputError("--drop-parcels", "", found=text, expected=expected) from error
 
 
 @exit_on_input_error
@@ -94,7 +98,9 @@ def _build(options: argparse.Namespace, crew: Crew) -> Manifest:
     layout = load_layout(options.layout)
     requests = request_streams(layout, options.features, options.float32, options.pool)
     check_output(options.out, options.overwrite)
-    found = survey(layout, options.root, requests, options.series, skip_bad=options.skip_bad, drop=options.drop_parcels)
+    found = survey(
+        layout, options.root, requests, options.series, skip_bad=options.skip_bad, drop=_columns(options.drop_parcels)
+    )
     for note in found.notes:
         print(f"note: {note}", flush=True)
     with progress(len(found.runs), "run") as tick:

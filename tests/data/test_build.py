@@ -566,14 +566,16 @@ def test_a_stream_of_a_small_scale_is_refused_with_what_to_do_and_stored_as_floa
     invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for (run, model), values in invented.features.items():
-        if model == "Text":
-            invented.put_features("Text", run, "embedding", values * 1e-9)
+        if model != "Audio":
+            invented.put_features(model, run, {"Text": "embedding", "Video": "deep"}[model], values * 1e-9)
     assert main(invented.arguments(tmp_path / "shards")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "text.v2/emb (e.g. " in error and "alpha_1.hdf5: embedding)" in error
-    assert "found 4 of 4 columns that vary" in error and error.endswith("float32: --float32 text.v2/emb\n")
+    assert "found 4 of 4 columns that vary" in error and error.endswith(
+        "Store as float32: --float32 text.v2/emb video/deep\n"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    assert main(invented.arguments(tmp_path / "shards", "--float32", "text.v2/emb")) == 0
+    assert main(invented.arguments(tmp_path / "shards", "--float32", "text.v2/emb", "video/deep")) == 0
 
 
 def test_a_restart_judges_the_casts_of_the_tars_that_it_keeps(
@@ -689,6 +691,7 @@ def test_a_scan_that_a_link_names_again_is_one_scan(invented: Invented, tmp_path
         (["--pool", "video/other"], ["--pool", "video/other"]),
         (["--root", "nowhere"], ["nowhere", "no such folder"]),
         (["--series", "theatre"], ["--series", "theatre", "cinema"]),
+        (["--drop-parcels", "17;18"], ["--drop-parcels", "found 17;18", "numbers of columns"]),
         (["--shard-size-mb", "0"], ["--shard-size-mb", "found 0"]),
     ],
 )

@@ -32,7 +32,7 @@ from trainer.data.manifest import (
     write_statistics,
 )  # fmt: skip
 from trainer.data.ranks import Crew
-from trainer.data.runs import RunPlan, StreamRequest
+from trainer.data.runs import RunPlan, Source, StreamRequest
 from trainer.data.shards import SampleContent, extension, write_shard
 from trainer.data.survey import Survey
 from trainer.data.unfinished import ShardResult, WorkFolder, new_folder
@@ -110,15 +110,15 @@ class _Read:
     def casts(self) -> dict[str, Moments]:
         """Moments of the values before each cast that may round, and of its error, by `values:NAME` and `error:NAME`.
 
-        The name of BOLD is `bold/SUBJECT`.
+        The name of BOLD is that of `_bold_of`.
         """
-        parts = {f"{BOLD}/{label}": scan for label, scan in self.scans.items()} | dict(self.features)
+        parts = {_bold_of(label): scan for label, scan in self.scans.items()} | dict(self.features)
         values = {f"values:{name}": part.values for name, part in parts.items() if part.values is not None}
         return values | {f"error:{name}": part.error for name, part in parts.items() if part.error is not None}
 
     def remarks(self) -> list[tuple[str, str]]:
         """What is odd about the run, for people to read, each with the run's key."""
-        parts = [(f"BOLD of subject {label}", scan, True) for label, scan in self.scans.items()]
+        parts = [(_bold_of(label), scan, True) for label, scan in self.scans.items()]
         parts += [(name, stream, False) for name, stream in self.features.items()]
         return [(f"{name}: {each}", self.run.key) for name, part, bold in parts for each in remarks(part.array, bold)]
 
@@ -236,23 +236,30 @@ def check_casts(found: Survey, results: Sequence[ShardResult]) -> list[str]:
     """Remarks about columns that casts have rounded away, judged over all runs, however many tars and ranks there were.
 
     Raises:
-        InputError: so many columns of a stream, or of a subject's BOLD, that it would be useless.
+        InputError: too many columns of a stream, or of a subject's BOLD; all such streams are named.
     """
     dtypes = {stream.name: stream.dtype for stream in found.streams}
-    sources = {name: source for run in reversed(found.runs) for name, source in run.features.items()}
-    bold = {f"{BOLD}/{label}": s for run in reversed(found.runs) for label, s in run.bold.items()}
+    sources: dict[str, Source] = {}
+    for run in reversed(found.runs):
+        sources |= {_bold_of(label): source for label, source in run.bold.items()} | dict(run.features)
+    harms = {}
+    for name in sources:
+        values, error = (_all_runs(results, f"{part}:{name}") for part in ("values", "error"))
+        if values is not None and error is not None:
+            harms[name] = rounded_away(values, error)
+    half = [name for name, harm in harms.items() if dtypes.get(name) == "float16" and harm.is_too_much]
     notes = []
-    for name, source in {**bold, **sources}.items():
-        parts = {part: _all_runs(results, f"{part}:{name}") for part in ("values", "error")}
-        if parts["values"] is None or parts["error"] is None:
-            continue
-        dtype = dtypes.get(name, "float32")
+    for name, harm in harms.items():
         fix = "Write the numbers in another unit, without their means."
-        if dtype == "float16":
-            fix = f"Store the stream as float32: --float32 {name}"
-        where = f"{name} (e.g. {source})"
-        notes += check_rounding(where, dtype, rounded_away(parts["values"], parts["error"]), fix)
+        if dtypes.get(name) == "float16":
+            fix = f"Store as float32: --float32 {' '.join(half if harm.is_too_much else [name])}"
+        notes += check_rounding(f"{name} (e.g. {sources[name]})", dtypes.get(name, "float32"), harm, fix)
     return notes
+
+
+def _bold_of(label: str) -> str:
+    """What a subject's BOLD is called beside the streams; their names have a slash, which labels have not."""
+    return f"BOLD of subject {label}"
 
 
 def _all_runs(results: Sequence[ShardResult], name: str) -> Moments | None:

@@ -124,6 +124,11 @@ class Harm:
     mean: np.ndarray
     std: np.ndarray
 
+    @property
+    def is_too_much(self) -> bool:
+        """Whether more than a few columns are harmed."""
+        return len(self.harmed) > FEW * self.judged or len(self.silent) > FEW_SILENT * self.varying
+
     def first(self) -> str:
         """The first of the columns in words."""
         column = int(np.concatenate([self.harmed, self.silent])[0])
@@ -147,7 +152,7 @@ def rounded_away(values: Moments, error: Moments) -> Harm:
 def check_rounding(where: str, dtype: str, harm: Harm, fix: str) -> list[str]:
     """Remarks about the few columns of an array that a cast has harmed. Raises InputError where they are not few."""
     count = len(harm.harmed) + len(harm.silent)
-    if len(harm.harmed) > FEW * harm.judged or len(harm.silent) > FEW_SILENT * harm.varying:
+    if harm.is_too_much:
         raise InputError(
             where,
             f"{dtype} rounds more than {LOST:.0%} of the variation away",
