@@ -207,6 +207,9 @@ def test_runs_left_out_of_the_shards_or_of_unknown_length_make_no_submission(
     study.shards.manifest = replace(manifest, skipped=(Skipped("friends_s7_s07e03a", "bad"),))
     with pytest.raises(InputError, match=r"lacks run\(s\) of friends_s7: found friends_s7_s07e03a"):
         wanted_predictions(study, "s7")
+    study.shards.manifest = replace(manifest, dropped_parcels=(3, 17))
+    with pytest.raises(InputError, match=r"no submission: parcels were left out: found without columns 3, 17"):
+        wanted_predictions(study, "s7")
     study.shards.manifest = replace(manifest, samples=tuple(replace(s, wanted={"1": 5}) for s in manifest.samples))
     with pytest.raises(InputError, match="how many TRs of subject 2"):
         wanted_predictions(study, "s7")

@@ -2,7 +2,8 @@
 
     python tools/check_shards.py SHARDS
 
-Prints one line for each problem, and leaves with status 2 if there are any.
+Prints one line for each problem, and leaves with status 2 if there are any. What is odd but may be right, such as a run
+of zeros, is a warning.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     count = 0
     with progress(len(manifest.shards), "tar") as tick:
-        for problem in find_problems(manifest, tick):
+        for problem in find_problems(manifest, tick, lambda line: print(f"warning: {line}", file=sys.stderr)):
             print(f"problem: {problem}", flush=True)
             count += 1
     if count:

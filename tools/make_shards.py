@@ -48,9 +48,24 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shard-size-mb", type=int, default=256, help="size that a tar is filled to (default: 256)")
     made.add_argument("--overwrite", action="store_true", help="replace shards that OUT holds already")
     made.add_argument(
-        "--skip-bad", action="store_true", help="leave out runs with something wrong, and list them in the manifest"
+        "--skip-bad",
+        action="store_true",
+        help="leave out scans, or runs, with something wrong, and list them in the manifest",
     )
+    made.add_argument(
+        "--drop-parcels", metavar="N,N",
+        help="columns of the BOLD, counted from 0, to leave out of all scans, e.g. one that is NaN in one subject",
+    )  # fmt: skip
     return made
+
+
+def _columns(text: str | None) -> list[int]:
+    """Numbers between commas. Raises InputError."""
+    try:
+        return [int(number) for number in text.split(",")] if text else []
+    except ValueError as error:
+        expected = "numbers of columns, from 0, between commas"
+        raise InputError("--drop-parcels", "", found=text, expected=expected) from error
 
 
 @exit_on_input_error
@@ -83,19 +98,22 @@ def _build(options: argparse.Namespace, crew: Crew) -> Manifest:
     layout = load_layout(options.layout)
     requests = request_streams(layout, options.features, options.float32, options.pool)
     check_output(options.out, options.overwrite)
-    found = survey(layout, options.root, requests, options.series, skip_bad=options.skip_bad)
+    found = survey(
+        layout, options.root, requests, options.series, skip_bad=options.skip_bad, drop=_columns(options.drop_parcels)
+    )
     for note in found.notes:
         print(f"note: {note}", flush=True)
     with progress(len(found.runs), "run") as tick:
         return build(
             layout, found, requests, options.out, shard_bytes=options.shard_size_mb * 2**20,
             overwrite=options.overwrite, skip_bad=options.skip_bad, tick=tick, crew=crew,
+            warn=lambda line: print(f"warning: {line}", file=sys.stderr),
         )  # fmt: skip
 
 
 def _summarise(out: Path, manifest: Manifest) -> None:
     for skipped in manifest.skipped:
-        print(f"skipped: {skipped.run}: {skipped.reason}")
+        print(f"skipped: {skipped}")
     trs = sum(sample.n_trs for sample in manifest.samples)
     size = sum(record.size for record in manifest.shards) / 1e6
     print(

@@ -160,6 +160,8 @@ def _write_h5(
             run=str(run.path), stage=chosen.stage, step=chosen.step, set=request.set_name, estimate=request.estimate,
             tr=study.manifest.tr, bold_standardise=study.config.bold.standardise,
         )  # fmt: skip
+        if study.manifest.dropped_parcels:
+            file.attrs["dropped_parcels"] = study.manifest.dropped_parcels
         for done in runs:
             sample = study.manifest.samples[done.span.sample]
             for label, values in done.values.items():

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.keys import is_of_series
 from trainer.data.manifest import Manifest, Sample
 from trainer.data.study import Study
 from trainer.data.targets import unpickled_npy
@@ -66,6 +67,9 @@ def wanted_predictions(study: Study, set_name: str) -> Wanted:
     for span, sample in zip(spans, samples, strict=True):
         if len(span) != sample.n_trs:
             raise InputError(where, f"cuts {sample.run}", expected="whole runs", fix="Leave out filter.trs.")
+    if manifest.dropped_parcels:
+        found = f"without columns {', '.join(map(str, manifest.dropped_parcels))}"
+        raise InputError(manifest.folder, "no submission: parcels were left out", found=found, expected="all parcels")
     _check_complete(where, samples, manifest, study.config.datasets[set_name].filter.subjects)
     return Wanted(series[0], {sample.run: sample.wanted for sample in samples})
 
@@ -74,7 +78,7 @@ def _check_complete(where: str, samples: list[Sample], manifest: Manifest, chose
     """Every run of the series and every subject must be there, each of known length. Raises InputError."""
     series, taken = samples[0].series, {sample.key for sample in samples}
     lacking = [s.key for s in manifest.samples if s.series == series and s.key not in taken]
-    lacking += [skipped.run for skipped in manifest.skipped if skipped.run.startswith(f"{series}_")]
+    lacking += [skipped.run for skipped in manifest.skipped if is_of_series(skipped.run, series)]
     if lacking:
         raise InputError(where, f"lacks run(s) of {series}", found=", ".join(lacking[:3]), expected="all of them")
     if chosen is not None and set(chosen) != set(manifest.subjects):

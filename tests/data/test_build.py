@@ -19,9 +19,12 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import FOLDERS, LAYOUT, LENGTHS, PARCELS, Invented, write_invented
+from tools.check_shards import main as check
 from tools.make_shards import main
 from trainer.data import build as building
-from trainer.data.build import deal, fit_length
+from trainer.data.arrays import fit_length
+from trainer.data.build import deal
+from trainer.data.casts import Stored
 from trainer.data.layout import load_layout
 from trainer.data.shards import Shards
 from trainer.data.survey import request_streams, survey
@@ -148,7 +151,7 @@ def test_overwrite_replaces_shards_once_the_new_ones_are_whole(
 def _interrupt_at(run_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = building.read_bold
 
-    def interrupted(run: building.RunPlan, subjects: list[str]) -> np.ndarray:
+    def interrupted(run: building.RunPlan, subjects: list[str]) -> dict[str, Stored]:
         if run.run == run_name:
             raise KeyboardInterrupt
         return original(run, subjects)
@@ -275,7 +278,7 @@ def test_host_and_process_decide_where_files_cannot_be_locked(
     assert home.exists()
 
 
-def test_bad_runs_are_left_out_and_listed_on_request(
+def test_bad_runs_and_scans_are_left_out_and_listed_on_request(
     invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _one_run_a_tar(monkeypatch)
@@ -283,28 +286,79 @@ def test_bad_runs_are_left_out_and_listed_on_request(
     _missing_dataset(invented)
     assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
     shards = Shards(tmp_path / "shards", verify="full")
-    assert [s.key for s in shards.manifest.samples] == ["cinema_alpha_2"]
-    assert [r.name for r in shards.manifest.shards] == ["shard-00001.tar"]
-    reasons = {s.run: s.reason for s in shards.manifest.skipped}
-    assert list(reasons) == ["cinema_beta_1_run-1", "cinema_beta_1_run-2", "cinema_alpha_1"]
-    assert "no data set embedding" in reasons["cinema_beta_1_run-1"]
-    assert "found nan at TR 7, column 3" in reasons["cinema_alpha_1"]
+    assert [(s.key, s.subjects) for s in shards.manifest.samples] == [
+        ("cinema_alpha_1", ("a", "3")), ("cinema_alpha_2", ("a", "b")),
+    ]  # fmt: skip
+    assert [r.name for r in shards.manifest.shards] == ["shard-00000.tar", "shard-00001.tar"]
+    reasons = {(s.run, s.subject): s.reason for s in shards.manifest.skipped}
+    assert list(reasons) == [("cinema_beta_1_run-1", ""), ("cinema_beta_1_run-2", ""), ("cinema_alpha_1", "b")]
+    assert "no data set embedding" in reasons["cinema_beta_1_run-1", ""]
+    assert "found nan at TR 7, column 3" in reasons["cinema_alpha_1", "b"]
     printed = capsys.readouterr().out
-    for run, reason in reasons.items():
-        assert f"skipped: {run}: {reason}" in printed
-    assert shards.manifest.moments("bold").count.tolist() == [[24, 24, 0]]
-    np.testing.assert_array_equal(shards.read(0, "bold", 0, 24)[0], invented.bold["alpha_2", 1, "a"][:24])
+    for (run, subject), reason in reasons.items():
+        assert f"skipped: {run}: {f'subject {subject}: ' if subject else ''}{reason}" in printed
+    assert shards.manifest.moments("bold").count.tolist() == [[30, 0, 30], [24, 24, 0]]
+    for row, label in enumerate(("a", "3")):
+        stored = shards.read(0, "bold", 0, 30)[row]
+        np.testing.assert_array_equal(stored, invented.bold["alpha_1", 1, label][:30])
+    assert check([str(tmp_path / "shards")]) == 0
 
 
-@pytest.mark.parametrize("spoil", ["_widths", "_parcels", "_bold_lengths", "_feature_lengths", "_empty", "_overflow"])
-def test_every_mistake_in_one_run_can_be_skipped(spoil: str, invented: Invented, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "skipped"),
+    [
+        ("_widths", [("cinema_beta_1_run-1", ""), ("cinema_beta_1_run-2", "")]),
+        ("_parcels", [("cinema_alpha_9", "")]),
+        ("_length_of_one", [("cinema_alpha_2", "b")]),
+        ("_feature_lengths", [("cinema_beta_1_run-1", ""), ("cinema_beta_1_run-2", "")]),
+        ("_empty", [("cinema_beta_1_run-1", ""), ("cinema_beta_1_run-2", "")]),
+        ("_overflow", [("cinema_alpha_1", "")]),
+        ("_nan_in_bold", [("cinema_alpha_1", "b")]),
+        ("_sentinel", [("cinema_alpha_1", "b")]),
+        ("_odd_parcels_of_one", [("cinema_alpha_2", "b")]),
+    ],
+)
+def test_every_mistake_leaves_out_what_is_bad_and_no_more(
+    spoil: str, skipped: list[tuple[str, str]], invented: Invented, tmp_path: Path
+) -> None:
     globals()[spoil](invented)
     assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
     manifest = Shards(tmp_path / "shards").manifest
-    assert len(manifest.skipped) + len(manifest.samples) == (5 if spoil == "_parcels" else 4)
-    assert {s.run for s in manifest.skipped} < {"cinema_alpha_1", "cinema_alpha_9"} | {
-        f"cinema_beta_1_run-{i}" for i in (1, 2)
-    }
+    assert sorted((s.run, s.subject) for s in manifest.skipped) == skipped
+    runs = {run for run, subject in skipped if not subject} - {"cinema_alpha_9"}
+    assert len(manifest.samples) == 4 - len(runs)
+    scans = 11 - sum(3 for run in runs) - sum(1 for _, subject in skipped if subject)
+    assert sum(len(sample.subjects) for sample in manifest.samples) == scans
+    assert check([str(tmp_path / "shards")]) == 0
+
+
+def test_a_file_that_cannot_be_read_leaves_out_the_scans_of_its_subject(invented: Invented, tmp_path: Path) -> None:
+    invented.bold_file("b").unlink()
+    invented.bold_file("b").write_bytes(b"no HDF5")
+    other = invented.bold_file("b").parent.with_name("y") / invented.bold_file("b").name
+    other.parent.mkdir()
+    with h5py.File(other, "w") as file:
+        file["day1/alpha_1"] = invented.bold["alpha_1", 1, "b"]
+    assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
+    manifest = Shards(tmp_path / "shards").manifest
+    assert [(s.run, s.subject) for s in manifest.skipped] == [("cinema", "b")]
+    assert "person_B.hdf5: not a whole HDF5 file" in manifest.skipped[0].reason
+    assert [len(sample.subjects) for sample in manifest.samples] == [3, 1, 2, 2]
+
+
+def test_a_run_of_which_no_scan_is_good_is_left_out_and_a_subject_without_any_is_an_error(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for subject in "ab3":
+        invented.put_bold(subject, _name(invented, subject, "alpha_1"), np.full((30, PARCELS), np.nan))
+    assert main(invented.arguments(tmp_path / "shards", "--skip-bad")) == 0
+    manifest = Shards(tmp_path / "shards").manifest
+    assert [(s.run, s.subject) for s in manifest.skipped] == [("cinema_alpha_1", "")]
+    for run in ("beta_1_rep1", "beta_1_rep2"):
+        invented.put_bold("3", _name(invented, "3", run), np.full((20, PARCELS), np.inf))
+    assert main(invented.arguments(tmp_path / "other", "--skip-bad")) == 2
+    assert "no good scan is left of subject 3" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_nothing_but_bad_runs_is_an_error(
@@ -415,6 +469,23 @@ def _overflow(d: Invented) -> list[str]:
     return ["embedding", "overflows float16", "found 70000", "65504", "--float32 text.v2/emb"]
 
 
+def _sentinel(d: Invented) -> list[str]:
+    values = d.bold["alpha_1", 1, "b"].astype(np.float64)
+    values[7, 3] = -np.finfo(np.float64).max
+    d.put_bold("b", _name(d, "b", "alpha_1"), values)
+    return [str(d.bold_file("b")), "too large to compute with", "found -1.79769e+308 at TR 7, column 3", "1 such value"]
+
+
+def _length_of_one(d: Invented) -> list[str]:
+    d.put_bold("b", _name(d, "b", "alpha_2"), np.zeros((15, PARCELS)))
+    return [str(d.bold_file("b")), "alpha_2: length", "found 15 TRs"]
+
+
+def _odd_parcels_of_one(d: Invented) -> list[str]:
+    d.put_bold("b", _name(d, "b", "alpha_2"), np.zeros((24, 5)))
+    return [str(d.bold_file("b")), "parcels", "found 5", "expected 6"]
+
+
 def _empty(d: Invented) -> list[str]:
     d.feature_file("Text", "beta_1").write_bytes(b"")
     return [str(d.feature_file("Text", "beta_1")), "not a whole HDF5 file", "0 bytes"]
@@ -487,7 +558,8 @@ def _name(d: Invented, subject: str, run: str) -> str:
 
 SPOILT = [
     _missing_feature_file, _missing_dataset, _widths, _layers, _dimensions, _parcels, _bold_lengths, _feature_lengths,
-    _feature_too_long, _nan_in_bold, _inf_in_features, _overflow, _empty, _empty_bold, _truncated, _broken_link,
+    _feature_too_long, _nan_in_bold, _inf_in_features, _overflow, _sentinel, _odd_parcels_of_one, _length_of_one,
+    _empty, _empty_bold, _truncated, _broken_link,
     _no_bold, _subject_without_bold, _second_scan, _second_feature_file, _no_numbers, _no_root, _layout,
 ]  # fmt: skip
 
@@ -506,6 +578,124 @@ def test_bad_data_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_stream_of_a_small_scale_is_refused_with_what_to_do_and_stored_as_float32(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for (run, model), values in invented.features.items():
+        if model != "Audio":
+            invented.put_features(model, run, {"Text": "embedding", "Video": "deep"}[model], values * 1e-9)
+    assert main(invented.arguments(tmp_path / "shards")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "text.v2/emb (e.g. " in error and "alpha_1.hdf5: embedding)" in error
+    assert "found 4 of 4 columns that vary" in error and error.endswith(
+        "Store as float32: --float32 text.v2/emb video/deep\n"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    assert main(invented.arguments(tmp_path / "shards", "--float32", "text.v2/emb", "video/deep")) == 0
+
+
+def test_a_restart_judges_the_casts_of_the_tars_that_it_keeps(
+    invented: Invented, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = _one_run_a_tar(monkeypatch)
+    invented.put_features("Text", "alpha_1", "embedding", 3000 + 0.01 * invented.features["alpha_1", "Text"])
+    for run in ("alpha_2", "beta_1"):
+        invented.put_features("Text", run, "embedding", np.full((LENGTHS[run], 4), 3000.0))
+    with monkeypatch.context() as patch:
+        _interrupt_at("beta_1", patch)
+        assert main(invented.arguments(tmp_path / "shards")) == 130
+    written.clear()
+    capsys.readouterr()
+    assert main(invented.arguments(tmp_path / "shards")) == 2
+    assert written == ["shard-00002", "shard-00003"]  # the run that is rounded was written by the first start
+    assert "float16 rounds more than 1% of the variation away: found 4 of 4" in capsys.readouterr().err
+
+
+def test_runs_of_zeros_are_named_once_and_kept(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    invented.put_features("Video", "beta_1", "deep", np.zeros((20, 2, 3)))
+    invented.put_bold("a", _name(invented, "a", "alpha_1"), np.zeros((30, PARCELS)))
+    assert main(invented.arguments(tmp_path / "shards")) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: BOLD of subject a: all values are 0 in 1 run(s): cinema_alpha_1",
+        "warning: video/deep: all values are 0 in 2 run(s): cinema_beta_1_run-1, cinema_beta_1_run-2",
+    ]
+
+
+def _nan_parcels(invented: Invented) -> None:
+    for (run, repeat, subject), values in invented.bold.items():
+        if subject == "b":
+            spoilt = values.copy()
+            spoilt[:, [1, 4]] = np.nan
+            invented.put_bold("b", _name(invented, "b", run + (f"_rep{repeat}" if run == "beta_1" else "")), spoilt)
+
+
+def test_parcels_that_are_nan_in_one_subject_are_named_and_can_be_dropped(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _nan_parcels(invented)
+    out = tmp_path / "shards"
+    assert main(invented.arguments(out)) == 2
+    error = capsys.readouterr().err
+    assert "found nan at TR 0, column 1" in error and "60 such value(s) in all. Columns 1,4 are not finite in" in error
+    assert "of subject b: leave them out of all subjects with --drop-parcels 1,4, or the scan with --skip-bad" in error
+    assert main(invented.arguments(out, "--drop-parcels", "4,1")) == 0
+    shards = Shards(out)
+    assert (shards.manifest.parcels, shards.manifest.dropped_parcels) == (PARCELS - 2, (1, 4))
+    stored = shards.read(0, "bold", 0, 30)
+    for row, label in enumerate("ab3"):
+        np.testing.assert_array_equal(stored[row], invented.bold["alpha_1", 1, label][:30, [0, 2, 3, 5]])
+    assert check([str(out)]) == 0
+
+
+@pytest.mark.parametrize("columns", ["6", "-1", "0,1,2,3,4,5"])
+def test_dropped_parcels_that_are_not_there_are_named(
+    columns: str, invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(invented.arguments(tmp_path / "shards", f"--drop-parcels={columns}")) == 2
+    assert "expected some of the columns 0 to 5" in capsys.readouterr().err
+
+
+def test_an_error_counts_the_columns_of_the_file(
+    invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _nan_in_bold(invented)
+    assert main(invented.arguments(tmp_path / "shards", "--drop-parcels", "0,2")) == 2
+    assert "found nan at TR 7, column 3" in capsys.readouterr().err
+    _sentinel(invented)
+    assert main(invented.arguments(tmp_path / "shards", "--drop-parcels", "0,2")) == 2
+    assert "at TR 7, column 3" in capsys.readouterr().err
+
+
+def test_names_with_brackets_and_outside_of_ascii_are_found_and_told_apart(invented: Invented, tmp_path: Path) -> None:
+    old = invented.bold_file("a")
+    new = invented.root / "scans/sub [01]*/x/sub [01]*.hdf5"
+    new.parent.mkdir(parents=True)
+    old.rename(new)
+    invented.layout.write_text(
+        LAYOUT.replace("person_A", "'sub [01]*'").replace(r"(?P<film>[a-z]+)_(?P<part>\d+)", ".+")
+    )
+    runs = ["a映", "a画", "A[1]", "a[1]", "a.1", "x" * 120 + "映"]
+    for run in runs:
+        with h5py.File(new, "a") as file:
+            file[f"day1/{run}"] = invented.bold["alpha_2", 1, "a"]
+        for model, name in (("Text", "embedding"), ("Video", "deep"), ("Audio", "wave")):
+            invented.put_features(model, run, name, invented.features["alpha_2", model])
+    assert main(invented.arguments(tmp_path / "shards")) == 0
+    samples = {s.run: s for s in Shards(tmp_path / "shards").manifest.samples}
+    assert set(runs) < set(samples)
+    assert len({sample.key for sample in samples.values()}) == len(samples)
+    assert check([str(tmp_path / "shards")]) == 0
+
+
+def test_a_scan_that_a_link_names_again_is_one_scan(invented: Invented, tmp_path: Path) -> None:
+    with h5py.File(invented.bold_file("a"), "a") as file:
+        file["day0/alpha_1"] = h5py.SoftLink("/" + _name(invented, "a", "alpha_1"))
+        file["notes"] = h5py.SoftLink("/nowhere")
+    assert main(invented.arguments(tmp_path / "shards")) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -517,6 +707,7 @@ def test_bad_data_is_one_line_and_leaves_nothing(
         (["--pool", "video/other"], ["--pool", "video/other"]),
         (["--root", "nowhere"], ["nowhere", "no such folder"]),
         (["--series", "theatre"], ["--series", "theatre", "cinema"]),
+        (["--drop-parcels", "17;18"], ["--drop-parcels", "found 17;18", "numbers of columns"]),
         (["--shard-size-mb", "0"], ["--shard-size-mb", "found 0"]),
     ],
 )

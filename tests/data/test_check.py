@@ -60,6 +60,15 @@ def test_sound_shards_are_one_line_and_status_0(sound: Path, capsys: pytest.Capt
     assert not any(line.startswith("problem") for line in lines)
 
 
+def test_a_run_of_zeros_is_a_warning(invented: Invented, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    invented.put_features("Audio", "beta_1", "wave", np.zeros((20, 1, 5)))
+    assert make(invented.arguments(tmp_path / "shards")) == 0
+    capsys.readouterr()
+    assert main([str(tmp_path / "shards")]) == 0
+    warning = "warning: audio/mono: all values are 0 in 2 of 4 runs: cinema_beta_1_run-1, cinema_beta_1_run-2\n"
+    assert capsys.readouterr().err == warning
+
+
 def _edit_manifest(folder: Path, edit: Callable[[dict], None]) -> None:
     """Change the manifest and make its checksum right again: a lie that only the bytes give away."""
     content = json.loads((folder / MANIFEST).read_text())
@@ -154,6 +163,25 @@ def _not_finite(folder: Path) -> list[str]:
     _write_at(_tar(folder), _offset(folder, 1, "bold") + 4 * 9, np.float32(np.nan).tobytes())
     _acknowledge(folder)
     return ["shard-00001.tar: cinema_alpha_2: bold: not finite: found nan at (0, 1, 3)"]
+
+
+def _too_large(folder: Path) -> list[str]:
+    _write_at(_tar(folder), _offset(folder, 1, "bold") + 4 * 9, np.float32(-9.97e36).tobytes())
+    _acknowledge(folder)
+    return ["shard-00001.tar: cinema_alpha_2: bold: too large to compute with: found -9.97", "at (0, 1, 3)"]
+
+
+def _zeros_everywhere(folder: Path) -> list[str]:
+    for i, sample in enumerate(Manifest.read(folder).samples):
+        place = sample.arrays["text.v2/emb"]
+        _write_at(_tar(folder, i), place.offset, bytes(2 * np.prod(place.shape)))
+    tensors = load_file(folder / STATISTICS)
+    save_file(
+        {n: t * (not n.endswith(("mean:text.v2/emb", "m2:text.v2/emb"))) for n, t in tensors.items()},
+        folder / STATISTICS,
+    )
+    _acknowledge(folder)
+    return ["manifest.json: text.v2/emb: all values are 0 in all runs"]
 
 
 def _a_value_changed_and_acknowledged(folder: Path) -> list[str]:
@@ -279,7 +307,8 @@ def _no_manifest(folder: Path) -> list[str]:
 
 SPOILT = [
     _a_flipped_bit, _a_truncated_tar, _an_empty_tar, _a_tar_of_zeros, _another_tar, _a_compressed_tar, _a_missing_tar,
-    _a_file_too_many, _a_folder_in_place_of_a_tar, _not_finite, _a_value_changed_and_acknowledged, _another_order,
+    _a_file_too_many, _a_folder_in_place_of_a_tar, _not_finite, _too_large, _zeros_everywhere,
+    _a_value_changed_and_acknowledged, _another_order,
     _a_missing_member, _a_member_twice, _another_dtype, _another_shape, _no_npy, _meta_of_others, _other_subjects,
     _unknown_subject, _other_offset, _fewer_trs, _a_sample_less, _a_sample_twice, _other_statistics,
     _statistics_of_fewer_runs, _flipped_statistics, _edited_manifest, _manifest_of_another_kind, _no_manifest,
@@ -296,6 +325,8 @@ def test_damage_is_a_line_for_each_problem_and_status_2(
     for word in words:
         assert any(word in line for line in problems), problems
     named = {"shard-00001", "shard-00009", "manifest.json", STATISTICS}
+    if spoil is _zeros_everywhere:
+        named |= {"text.v2/emb"}
     assert all(any(name in line for name in named) for line in problems), problems
 
 

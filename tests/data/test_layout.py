@@ -135,3 +135,59 @@ def test_parts_that_may_be_absent_are_absent_independently(tmp_path: Path) -> No
         (tmp_path / name).touch()
     found = [path.name for path, _ in find_files(tmp_path, "s[_a][_b].h5", {})]
     assert found == ["s.h5", "s_a.h5", "s_a_b.h5", "s_b.h5"]
+
+
+VALUES = [
+    "sub-01 [old]",
+    "a*",
+    "?",
+    "**",
+    "{run}",
+    "{",
+    "}",
+    "[",
+    "]",
+    "[!a]",
+    "a|b",
+    "(x)",
+    "a.b",
+    "\\d",
+    "$",
+    "^",
+    "映",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_are_literal_in_patterns(tmp_path: Path, value: str) -> None:
+    for folder in (value, "other", "sub-01 old", "sub-01 o", "aXb", "ab", "a", "5"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{folder}_r1.h5").touch()
+        (tmp_path / folder / "other_r2.h5").touch()
+    found = list(find_files(tmp_path, "{subject}/[x/]{subject}_{run}.h5", {"subject": value}))
+    assert found == [(tmp_path / value / f"{value}_r1.h5", {"subject": value, "run": "r1"})]
+    match = pattern_regex("{subject}/ses-{session}_[task-]{run}", {"subject": value}).fullmatch(f"{value}/ses-1_r1")
+    assert match is not None and match.groupdict() == {"session": "1", "run": "r1"}
+
+
+@pytest.mark.parametrize("root", ["[a]", "a*", "{run}", "?"])
+def test_the_root_is_no_pattern(tmp_path: Path, root: str) -> None:
+    (tmp_path / "a/x").mkdir(parents=True)
+    (tmp_path / root / "x").mkdir(parents=True, exist_ok=True)
+    (tmp_path / root / "x/r[1].h5").touch()
+    found = list(find_files(tmp_path / root, "**/{run}.h5", {}))
+    assert [(path.name, fields) for path, fields in found] == [("r[1].h5", {"run": "r[1]"})]
+
+
+def test_parts_that_may_be_absent_may_lie_in_each_other(tmp_path: Path) -> None:
+    for name in ("s.h5", "s_a.h5", "s_a_b.h5", "s_b.h5"):
+        (tmp_path / name).touch()
+    assert [path.name for path, _ in find_files(tmp_path, "s[_a[_b]].h5", {})] == ["s.h5", "s_a.h5", "s_a_b.h5"]
+
+
+@pytest.mark.parametrize("label", ["a/b", "..", ".", '""', '"a\\nb"'])
+def test_a_label_that_cannot_be_part_of_a_file_name_is_refused(tmp_path: Path, label: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(LAYOUT.replace("{a: person_A", f"{{{label}: person_A"))
+    with pytest.raises(InputError, match=r"subjects: found the label .*without /"):
+        load_layout(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ MANIFEST = Manifest("m", 1.5, ("1", "2", "3"), 10, (), SAMPLES, (), NOTHING, Pat
 
 def _chosen(**keys: object) -> list[tuple[int, int, int]]:
     return [(s.sample, s.start, s.stop) for s in select(MANIFEST, Filter(**keys))]  # type: ignore[arg-type]
+
+
+def test_a_run_whose_name_is_like_a_pattern_is_chosen_by_its_name() -> None:
+    manifest = replace(
+        MANIFEST, samples=(_sample("film[1]", 9), _sample("film1", 9), _sample("a*", 9), _sample("ab", 9))
+    )
+    for name in ("film[1]", "a*"):
+        assert manifest.samples[select(manifest, Filter(runs=[name]))[0].sample].run == name
+    assert [s.sample for s in select(manifest, Filter(runs=["film[[]1]"]))] == [0]
+    assert [s.sample for s in select(manifest, Filter(runs=["film*"]))] == [0, 1]
 
 
 def test_empty_filter_takes_every_whole_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from trainer.data.runs import (
     StreamRequest,
     common_length,
     describe_stream,
+    fitting_scans,
     predicted_length,
     unlike_others,
 )
@@ -54,6 +56,28 @@ def test_a_run_is_cut_to_its_shortest_scan_unless_something_is_too_far_off(
             common_length(sources(bold, 10), sources(features, 4))
 
 
+@given(st.dictionaries(st.sampled_from(["1", "2", "3", "4"]), st.integers(95, 105), min_size=1), lengths)
+def test_as_few_scans_as_possible_are_left_out_for_the_rest_to_fit(trs: dict[str, int], features: list[int]) -> None:
+    bold = {label: Source(Path(label), "data", (n, 10)) for label, n in trs.items()}
+
+    def fit(labels: tuple[str, ...]) -> bool:
+        try:
+            common_length([bold[label] for label in labels], sources(features, 4))
+        except InputError:
+            return False
+        return True
+
+    most = max((n for n in range(1, len(bold) + 1) if any(map(fit, combinations(bold, n)))), default=0)
+    if not most:
+        with pytest.raises(InputError):
+            fitting_scans(bold, sources(features, 4))
+        return
+    out = fitting_scans(bold, sources(features, 4))
+    kept = tuple(label for label in bold if label not in out)
+    assert len(kept) == most and fit(kept)
+    assert all("length: found" in str(error) for error in out.values())
+
+
 @given(st.dictionaries(st.sampled_from(["1", "2", "3"]), st.integers(98, 102)), lengths)
 def test_a_run_without_bold_is_as_long_as_is_wanted_or_as_its_shortest_stream(
     wanted: dict[str, int], features: list[int]
@@ -73,8 +97,8 @@ def test_runs_unlike_most_are_named_with_what_is_usual() -> None:
     runs = [run("a"), run("b", 11), run("c"), run("d", 10, 5)]
     odd = unlike_others(runs, [request()])
     assert {key: str(error) for key, error in odd.items()} == {
-        "b": "b_bold.h5: b: parcels: found 11, expected 10 as in a_bold.h5: b",
-        "d": "d.h5: f: width: found 5, expected 4 as in a.h5: f",
+        ("b", "1"): "b_bold.h5: b: parcels: found 11, expected 10 as in a_bold.h5: b",
+        ("d", ""): "d.h5: f: width: found 5, expected 4 as in a.h5: f",
     }
     assert not unlike_others([], [request()])
 

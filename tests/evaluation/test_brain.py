@@ -31,6 +31,18 @@ def test_without_atlas_or_nilearn_a_sentence_says_how_to_get_them(monkeypatch: p
     assert brain_drawings(scored("1"), "atlas.nii.gz") == ({}, [INSTALL])
 
 
+def test_parcels_that_are_left_out_keep_their_ids(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel", reason="nibabel is missing (the extra [brain])")
+    for name, held in (("all", [0, 1, 2, 3, 4]), ("lacking", [0, 1, 3, 4, 0])):
+        volume = np.array(held, np.int16).reshape(1, 1, 5)
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+        ids, _ = read_atlas(tmp_path / f"{name}.nii.gz", 3, dropped=(1,))
+        r_of = {0: 0.0, 1: 0.1, 2: 0.0, 3: 0.3, 4: 0.4}
+        np.testing.assert_array_equal(painted(ids, np.array([0.1, 0.3, 0.4]), (1,)).ravel(), [r_of[i] for i in held])
+    with pytest.raises(InputError, match="found 3 from 1 to 4, expected all of 1 to 4"):
+        read_atlas(tmp_path / "lacking.nii.gz", 3, dropped=(0,))
+
+
 @pytest.mark.slow
 def test_a_subject_has_a_glass_brain_and_slices(tmp_path: Path) -> None:
     pytest.importorskip("nilearn", reason="nilearn is missing (the extra [brain])")

@@ -144,6 +144,14 @@ def test_networks_are_read_from_schaefers_file_and_from_plain_names(tmp_path: Pa
     assert networks(path, 3) == ["Vis", "Limbic", "left motor"]
 
 
+def test_labels_of_parcels_that_are_left_out_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text("Vis\nSomMot\nDefault\nLimbic\n")
+    assert networks(path, 2, dropped=(0, 2)) == ["SomMot", "Limbic"]
+    with pytest.raises(InputError, match="found 4 lines, expected 3, one for each parcel and for the 1 left out"):
+        networks(path, 2, dropped=(1,))
+
+
 def test_a_label_file_that_does_not_fit_is_refused(tmp_path: Path, tiny_shards: Path, debug_config: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("Vis\nVis\n")

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from trainer.data.casts import LARGEST
 from trainer.data.manifest import (
     BOLD,
     MANIFEST,
@@ -41,20 +42,27 @@ META = "meta.json"
 
 @dataclass(frozen=True)
 class _Tar:
-    """One tar while it is looked through; `statistics` are those that could be read, by name."""
+    """One tar while it is looked through; `statistics` are those that could be read, by name.
+
+    `zero` gathers, for each stream and each subject's BOLD, whether it is nothing but zeros in each run, by key.
+    """
 
     manifest: Manifest
     path: Path
     file: BinaryIO
     members: Mapping[str, tarfile.TarInfo]
     statistics: Mapping[str, Moments]
+    zero: dict[str, dict[str, bool]]
 
 
-def find_problems(manifest: Manifest, tick: Tick = silent) -> Iterator[InputError]:
+def find_problems(
+    manifest: Manifest, tick: Tick = silent, warn: Callable[[str], None] = silent
+) -> Iterator[InputError]:
     """All that is wrong with a folder, each as one line that names the file and, where there is one, the sample.
 
     Args:
         tick: called with the name of each tar that has been looked through.
+        warn: told what is odd, but may be right.
     """
     contradictions = list(_contradictions(manifest))
     yield from contradictions
@@ -63,12 +71,20 @@ def find_problems(manifest: Manifest, tick: Tick = silent) -> Iterator[InputErro
     if contradictions:  # what a manifest that contradicts itself says about bytes is not worth a comparison
         return
     statistics: dict[str, Moments] = {}
+    zero: dict[str, dict[str, bool]] = {}
     for name in (BOLD, *(stream.name for stream in manifest.streams)):
         yield from _problem(_load_statistics, manifest, name, statistics)
     for i, record in enumerate(manifest.shards):
         yield from _problem(check_file, manifest.folder, record, full=True)
-        yield from _tar_problems(manifest, i, statistics)
+        yield from _tar_problems(manifest, i, statistics, zero)
         tick(record.name)
+    for name, by_run in zero.items():
+        keys = [key for key, is_zero in by_run.items() if is_zero]
+        if len(keys) == len(by_run):
+            fix = "Look at the source files, and build the shards again."
+            yield InputError(manifest.folder / MANIFEST, f"{name}: all values are 0 in all runs", fix=fix)
+        elif keys:
+            warn(f"{name}: all values are 0 in {len(keys)} of {len(by_run)} runs: {', '.join(keys[:3])}")
 
 
 def _problem(check: Callable[..., None], *arguments: Any, **options: Any) -> Iterator[InputError]:
@@ -141,7 +157,9 @@ def _load_statistics(manifest: Manifest, name: str, loaded: dict[str, Moments]) 
     loaded[name] = moments
 
 
-def _tar_problems(manifest: Manifest, shard: int, statistics: Mapping[str, Moments]) -> Iterator[InputError]:
+def _tar_problems(
+    manifest: Manifest, shard: int, statistics: Mapping[str, Moments], zero: dict[str, dict[str, bool]]
+) -> Iterator[InputError]:
     path = manifest.folder / manifest.shards[shard].name
     samples = [i for i, sample in enumerate(manifest.samples) if sample.shard == shard]
     members: dict[str, tarfile.TarInfo] = {}
@@ -161,7 +179,7 @@ def _tar_problems(manifest: Manifest, shard: int, statistics: Mapping[str, Momen
     if list(members) != expected:
         yield from _order_problems(path, list(members), expected)
     with file:
-        tar_file = _Tar(manifest, path, file, members, statistics)
+        tar_file = _Tar(manifest, path, file, members, statistics, zero)
         for i in samples:
             yield from _problem(_check_meta, tar_file, i)
             for name in manifest.samples[i].arrays:
@@ -219,6 +237,16 @@ def _check_array(tar: _Tar, index: int, name: str) -> None:
     if not finite.all():
         at = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise InputError(where, "not finite", found=f"{array[at]} at {at}", fix=f"{int((~finite).sum())} in all.")
+    if array.size and max(abs(float(array.max())), abs(float(array.min()))) > LARGEST:
+        at = tuple(int(i) for i in np.argwhere(np.abs(array) > LARGEST)[0])
+        raise InputError(
+            where, "too large to compute with", found=f"{array[at]:g} at {at}", expected=f"at most {LARGEST:.2g}"
+        )
+    parts = (
+        zip((f"BOLD of subject {s}" for s in sample.subjects), array, strict=True) if name == BOLD else [(name, array)]
+    )
+    for part, values in parts:
+        tar.zero.setdefault(part, {})[sample.key] = not values.any()
     if name in tar.statistics:
         stored = Moments(*(getattr(tar.statistics[name], f.name)[index] for f in fields(Moments)))
         _check_moments(where, array_moments(name, array, sample.subjects, tar.manifest.subjects), stored)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import functools
 import glob
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -25,17 +24,29 @@ from trainer.errors import InputError
 from trainer.strict import StrictModel, read_yaml, validated
 
 GROUPS = ("season", "episode", "part", "film")
-_TOKEN = re.compile(r"\{(?P<field>\w+)\}|(?P<deep>\*\*/)|(?P<star>\*)|(?P<open>\[)|(?P<close>\])|(?P<text>.)")
+_TOKEN = re.compile(
+    r"\{(?P<field>\w+)\}|(?P<deep>\*\*/)|(?P<star>\*)|(?P<open>\[)|(?P<close>\])|(?P<text>.)", re.DOTALL
+)
+
+
+def pattern_regex(pattern: str, known: Mapping[str, str] | None = None) -> re.Pattern[str]:
+    """The regular expression that a pattern stands for; each field is a named group, a repeated field must agree.
+
+    A field of `known` stands for its value, to the letter: what a value holds is never read as part of a pattern.
+    """
+    return _compiled(pattern, tuple(sorted((known or {}).items())))
 
 
 @functools.cache
-def pattern_regex(pattern: str) -> re.Pattern[str]:
-    """The regular expression that a pattern stands for; each field is a named group, a repeated field must agree."""
+def _compiled(pattern: str, known: tuple[tuple[str, str], ...]) -> re.Pattern[str]:
+    values = dict(known)
     seen: set[str] = set()
     parts: list[str] = []
     for token in _TOKEN.finditer(pattern):
         field = token["field"]
-        if field in seen:
+        if field in values:
+            parts.append(re.escape(values[field]))
+        elif field in seen:
             parts.append(f"(?P={field})")
         elif field:
             seen.add(field)
@@ -44,7 +55,24 @@ def pattern_regex(pattern: str) -> re.Pattern[str]:
             kind = str(token.lastgroup)
             simple = {"deep": r"(?:.*/)?", "star": r"[^/]*", "open": "(?:", "close": ")?"}
             parts.append(simple.get(kind, re.escape(token.group())))
-    return re.compile("".join(parts))
+    return re.compile("".join(parts), re.DOTALL)
+
+
+def _globs(pattern: str, known: Mapping[str, str]) -> set[str]:
+    """Shell patterns of which one at least finds every path that a pattern matches: one for each choice of parts."""
+    levels = [[""]]
+    for token in _TOKEN.finditer(pattern):
+        if token.lastgroup == "open":
+            levels.append([""])
+            continue
+        if token.lastgroup == "close":
+            ends = [*levels.pop(), ""]
+        elif token["field"]:
+            ends = [glob.escape(known[token["field"]]) if token["field"] in known else "*"]
+        else:
+            ends = [glob.escape(token.group()) if token["text"] else token.group()]
+        levels[-1] = [start + end for start in levels[-1] for end in ends]
+    return set(levels[0])
 
 
 def _valid_pattern(pattern: str) -> str:
@@ -56,22 +84,20 @@ def _valid_pattern(pattern: str) -> str:
 
 
 def fill(pattern: str, known: Mapping[str, str]) -> str:
-    """The pattern with the known fields written in."""
+    """The pattern with the known fields written in, for people to read: it is no pattern any more."""
     return re.sub(r"\{(\w+)\}", lambda m: known.get(m[1], m[0]), pattern)
 
 
 def find_files(root: Path, pattern: str, known: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, str]]]:
     """Files below `root` that match, in order of name, each with the values of all its fields."""
-    filled = fill(pattern, known)
-    wide = re.sub(r"\{\w+\}", "*", filled)
-    pieces = [(piece[1:-1], "") if piece[:1] == "[" else (piece,) for piece in re.split(r"(\[[^\]]*\])", wide)]
-    shapes = {"".join(chosen) for chosen in itertools.product(*pieces)}
     # glob, since Path.glob does not walk into linked folders, and people link their features.
+    shapes = _globs(pattern, known)
     for shape in shapes:
         _check_readable(root, shape)
     names = {name for shape in shapes for name in glob.iglob(shape, root_dir=root, recursive=True)}  # noqa: PTH207
+    expression = pattern_regex(pattern, known)
     for name in sorted(names):
-        match = pattern_regex(filled).fullmatch(name)
+        match = expression.fullmatch(name)
         if match:
             yield root / name, {**known, **{k: v for k, v in match.groupdict().items() if v is not None}}
 
@@ -207,6 +233,15 @@ class Layout(StrictModel):
     include_features: list[str] = Field(
         default_factory=list, description="streams KEY/LAYER that shards hold unless --features names others"
     )
+
+    @field_validator("subjects")
+    @classmethod
+    def _labels_are_names(cls, subjects: dict[str, str]) -> dict[str, str]:
+        """Labels become names of groups in HDF5 files and parts of file names."""
+        for label in subjects:
+            if not label or label in (".", "..") or "/" in label or not label.isprintable():
+                raise ValueError(f"found the label {label!r}, expected text that can be part of a file name, without /")
+        return subjects
 
     @field_validator("feature_files")
     @classmethod

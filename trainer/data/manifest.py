@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from trainer.data.keys import file_stems
 from trainer.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -83,10 +84,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A run that was left out on request, and why."""
+    """A run that was left out on request, and why; with a subject only that subject's scan of it.
+
+    Where a file that holds a subject's scans of a whole series cannot be read, `run` is the series.
+    """
 
     run: str
     reason: str
+    subject: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.run}: {f'subject {self.subject}: ' if self.subject else ''}{self.reason}"
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,10 @@ class Manifest:
 
     Attributes:
         subjects: labels, in the order of the subject axis of models and scores.
-        skipped: the runs that were left out because something was wrong with them.
+        skipped: the runs and scans that were left out because something was wrong with them.
         digest: SHA-256 of manifest.json; empty of a manifest that was not read from one.
         stored_subjects: labels in the order of the statistics, where `with_subjects` has given another axis.
+        dropped_parcels: the columns of the source files, counted from 0, that `parcels` does not count.
     """
 
     name: str
@@ -165,6 +174,7 @@ class Manifest:
     statistics: FileRecord
     folder: Path = field(default=Path(), compare=False)
     skipped: tuple[Skipped, ...] = ()
+    dropped_parcels: tuple[int, ...] = ()
     digest: str = field(default="", compare=False)
     stored_subjects: tuple[str, ...] | None = None
 
@@ -175,6 +185,11 @@ class Manifest:
         """
         stored = self.subjects if self.stored_subjects is None else self.stored_subjects
         return replace(self, subjects=tuple(labels), stored_subjects=stored)
+
+    @cached_property
+    def file_stems(self) -> list[str]:
+        """For each sample what the name of a file about it begins with."""
+        return file_stems([sample.key for sample in self.samples])
 
     def stream(self, name: str) -> Stream:
         """The stream of that name. Raises InputError that lists what the shards hold."""
@@ -225,6 +240,11 @@ class Manifest:
             for place in sample["arrays"].values():
                 if not place["hashes"] or not with_hashes:
                     del place["hashes"]
+        for skipped in content["skipped"]:
+            if not skipped["subject"]:
+                del skipped["subject"]
+        if not content["dropped_parcels"]:
+            del content["dropped_parcels"]
         return json.dumps({"format": FORMAT, "sha256": _digest(content), **content}, indent=1) + "\n"
 
     @cached_property
@@ -366,6 +386,7 @@ def _from_json(content: dict[str, Any], folder: Path) -> Manifest:
             "samples": samples,
             "shards": tuple(FileRecord(**s) for s in content["shards"]),
             "skipped": tuple(Skipped(**s) for s in content.get("skipped", ())),
+            "dropped_parcels": tuple(content.get("dropped_parcels", ())),
             "statistics": FileRecord(**content["statistics"]),
         },
         folder=folder,

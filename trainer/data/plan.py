@@ -98,13 +98,18 @@ def _selected(manifest: Manifest, chosen: Filter) -> list[Span]:
 def _takes(chosen: Filter, sample: Sample) -> bool:
     united = chosen.seasons is None and chosen.films is None
     united = united or sample.season in (chosen.seasons or ()) or sample.film in (chosen.films or ())
-    named = chosen.runs is None or any(fnmatch.fnmatchcase(sample.run, pattern) for pattern in chosen.runs)
+    named = chosen.runs is None or any(_names(pattern, sample.run) for pattern in chosen.runs)
     return (
         united
         and named
         and (chosen.series is None or sample.series in chosen.series)
         and (chosen.repeats is None or sample.repeat in chosen.repeats)
     )
+
+
+def _names(pattern: str, run: str) -> bool:
+    """Whether a pattern of `filter.runs` means a run; a name that is spelt like the pattern is meant to the letter."""
+    return run == pattern or fnmatch.fnmatchcase(run, pattern)
 
 
 def _check_values(manifest: Manifest, chosen: Filter) -> None:
@@ -130,7 +135,7 @@ def _check_values(manifest: Manifest, chosen: Filter) -> None:
                     fix=f"Did you mean {nearest[0]}?" if nearest else None,
                 )
     for pattern in chosen.runs or ():
-        if not any(fnmatch.fnmatchcase(s.run, pattern) for s in samples):
+        if not any(_names(pattern, s.run) for s in samples):
             nearest = difflib.get_close_matches(pattern, sorted({s.run for s in samples}), n=1, cutoff=0)
             raise InputError("filter.runs", "no such run", found=pattern, expected=f"a run such as {nearest[0]}")
 

@@ -33,7 +33,7 @@ class StoredPredictions(Mapping[int, np.ndarray]):
 
     def path(self, sample: int) -> Path:
         """Where the predictions of a sample lie."""
-        return self.folder / f"{self.manifest.samples[sample].key}.npy"
+        return self.folder / f"{self.manifest.file_stems[sample]}.npy"
 
     def __getitem__(self, sample: int) -> np.ndarray:
         path = self.path(sample)

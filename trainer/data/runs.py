@@ -31,11 +31,12 @@ class StreamRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """One HDF5 data set."""
+    """One HDF5 data set; `shape` does not count the columns of the file, from 0, that are left out."""
 
     file: Path
     dataset: str
     shape: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.file}: {self.dataset}"
@@ -106,15 +107,46 @@ def predicted_length(run: str, wanted: Mapping[str, int], features: Iterable[Sou
     return lengths[-1] if wanted else lengths[0]
 
 
-def unlike_others(runs: Sequence[RunPlan], requests: Sequence[StreamRequest]) -> dict[str, InputError]:
-    """The runs whose parcels or widths are not those of most data sets, with the first mistake of each."""
-    scans = [(run.key, source, source.shape[1:]) for run in runs for source in run.bold.values()]
+def unlike_others(runs: Sequence[RunPlan], requests: Sequence[StreamRequest]) -> dict[tuple[str, str], InputError]:
+    """The scans whose parcels, and the runs whose widths, are not those of most data sets, with the first mistake.
+
+    Returns: by key of the run, and subject of the scan; the subject is empty where the features are at fault.
+    """
+    scans = [((run.key, label), source, source.shape[1:]) for run in runs for label, source in run.bold.items()]
     bad = _odd_ones(scans, "parcels")
     for request in requests:
-        sources = [(run.key, run.features[request.name]) for run in runs]
+        sources = [((run.key, ""), run.features[request.name]) for run in runs]
         rows = [(key, source, _row(request, source)) for key, source in sources]
-        bad = {**_odd_ones(rows, "width"), **bad}
+        bad |= _odd_ones(rows, "width")
     return bad
+
+
+def fitting_scans(bold: Mapping[str, Source], features: Iterable[Source]) -> dict[str, InputError]:
+    """The scans that have to be left out for the lengths of a run to fit together: as few as possible, by subject.
+
+    Raises InputError, as `common_length`, where no scan fits.
+    """
+    features = list(features)
+    best: list[str] = []
+    mistake: InputError | None = None
+    for shortest in sorted({source.shape[0] for source in bold.values()}, reverse=True):
+        group = [s for s, source in bold.items() if shortest <= source.shape[0] <= shortest + MAX_TRS_APART]
+        try:
+            common_length([bold[label] for label in group], features)
+        except InputError as error:
+            mistake = mistake or error
+            continue
+        if len(group) > len(best):
+            best = group
+    if not best and mistake is not None:
+        raise mistake
+    longest = max((bold[label] for label in best), key=lambda source: source.shape[0])
+    expected = f"within {MAX_TRS_APART} TRs of the {longest.shape[0]} TRs of {longest}"
+    return {
+        label: InputError(str(source), "length", found=f"{source.shape[0]} TRs", expected=expected)
+        for label, source in bold.items()
+        if label not in best
+    }
 
 
 def describe_stream(request: StreamRequest, source: Source) -> Stream:
@@ -123,12 +155,14 @@ def describe_stream(request: StreamRequest, source: Source) -> Stream:
     return Stream(request.name, row[0] if len(row) == 2 else 1, row[-1], request.dtype)
 
 
-def _odd_ones(described: Sequence[tuple[str, Source, tuple[int, ...]]], what: str) -> dict[str, InputError]:
+def _odd_ones(
+    described: Sequence[tuple[tuple[str, str], Source, tuple[int, ...]]], what: str
+) -> dict[tuple[str, str], InputError]:
     if not described:
         return {}
     usual = Counter(shape for _, _, shape in described).most_common(1)[0][0]
     example = next(source for _, source, shape in described if shape == usual)
-    odd: dict[str, InputError] = {}
+    odd: dict[tuple[str, str], InputError] = {}
     for key, source, shape in described:
         if shape != usual:
             expected = f"{_joined(usual)} as in {example}"

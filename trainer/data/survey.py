@@ -6,16 +6,14 @@ seconds. What it returns is all that building needs to know.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
-
-from trainer.data.layout import BoldPattern, Layout, RunGroups, fill, find_files, pattern_regex
+from trainer.data.hdf5 import dataset_names, describe
+from trainer.data.keys import sample_keys
+from trainer.data.layout import Layout, fill, find_files
 from trainer.data.manifest import Skipped, Stream
 from trainer.data.runs import (
     RunPlan,
@@ -23,9 +21,11 @@ from trainer.data.runs import (
     StreamRequest,
     common_length,
     describe_stream,
+    fitting_scans,
     predicted_length,
     unlike_others,
 )
+from trainer.data.scans import Mistakes, Scan, find_scans
 from trainer.data.shards import extension
 from trainer.data.targets import find_targets
 from trainer.errors import InputError
@@ -34,23 +34,27 @@ from trainer.progress import watched
 
 @dataclass(frozen=True)
 class Survey:
-    """All runs of a data set, the streams as they will be stored, remarks for the user, and the runs left out."""
+    """All runs of a data set, the streams as they will be stored, remarks for the user, and what is left out.
+
+    `skipped` are runs and scans with something wrong; `dropped` are columns of the BOLD, counted from 0, that `parcels`
+    does not count.
+    """
 
     runs: tuple[RunPlan, ...]
     streams: tuple[Stream, ...]
     parcels: int
     notes: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass
-class _Scan:
-    """One showing of one run, while it is looked for."""
+class _Found:
+    """What lies on disk of one series: its scans by (run, repeat), and where features are."""
 
-    groups: RunGroups
-    repeated: bool
-    bold: dict[str, Source] = field(default_factory=dict)
-    wanted: Mapping[str, int] = field(default_factory=dict)
+    series: str
+    scans: dict[tuple[str, int], Scan]
+    features: Mapping[tuple[str, ...], Mapping[str, Path]]
 
 
 def request_streams(
@@ -93,11 +97,15 @@ def request_streams(
 
 def survey(
     layout: Layout, root: Path, streams: Sequence[StreamRequest], series: Sequence[str] | None = None, *,
-    skip_bad: bool = False,
+    skip_bad: bool = False, drop: Sequence[int] = (),
 ) -> Survey:  # fmt: skip
     """Find every run of the chosen series (all by default) below `root` and check names, shapes and lengths.
 
-    With `skip_bad`, a run whose features are missing or unreadable, or whose shapes or lengths do not fit, is left out.
+    With `skip_bad`, a scan that is unreadable or whose shape or length does not fit is left out, as is a run whose
+    features are missing or unreadable or do not fit, or that has no good scan.
+
+    Args:
+        drop: columns of the BOLD, counted from 0, that are left out of all scans.
 
     Raises:
         InputError: a file or data set that is missing, cannot be read or is there twice; shapes, widths, layers or
@@ -110,69 +118,112 @@ def survey(
             raise InputError("--series", "unknown", found=name, expected=f"one of {', '.join(layout.series)}")
     chosen = [name for name in layout.series if series is None or name in series]
     notes: list[str] = []
-    bad: dict[str, InputError] = {}
-    surveyed = (_survey_series(layout, root, name, streams, notes, bad if skip_bad else None) for name in chosen)
-    runs = [run for series_runs in surveyed for run in series_runs]
-    odd = unlike_others(runs, streams)
-    if odd and not skip_bad:
-        raise next(iter(odd.values()))
-    bad |= odd
-    runs = [run for run in runs if run.key not in bad]
+    mistakes = Mistakes(skip_bad)
+    dropped = tuple(sorted(set(drop)))
+    found = [_find(layout, root, name, streams, notes, mistakes, dropped) for name in chosen]
+    runs = _without_odd_ones(list(_plan(layout, root, found, streams, mistakes)), streams, mistakes)
     for name in series or ():
-        if not bad and not any(run.series == name for run in runs):
+        if not mistakes.skipped and not any(run.series == name for run in runs):
             raise InputError("--series", f"no features of {name} below {root}", fix="Take it out, or add the files.")
     for label in layout.subjects:
         if not any(label in run.bold for run in runs):
+            bad = next((each.reason for each in mistakes.skipped if each.subject in (label, "")), None)
             raise InputError(
                 root,
                 f"no BOLD file found for subject {label}" if not bad else f"no good run is left of subject {label}",
-                fix="Take the subject out of the layout, or add the files."
-                if not bad
-                else str(next(iter(bad.values()))),
+                fix=bad or "Take the subject out of the layout, or add the files.",
             )
+    out = {(each.run, each.subject) for each in mistakes.skipped}
     for run in runs:
-        absent = [label for label in layout.subjects if label not in run.bold]
+        absent = [label for label in layout.subjects if label not in run.bold and (run.key, label) not in out]
         if run.bold and absent:
             notes.append(f"{run.key}: no BOLD of subject {', '.join(absent)}")
     described = tuple(describe_stream(request, runs[0].features[request.name]) for request in streams)
     parcels = next(scan.shape[1] for run in runs for scan in run.bold.values())
-    skipped = tuple(Skipped(key, str(error)) for key, error in bad.items())
-    return Survey(tuple(runs), described, parcels, tuple(notes), skipped)
+    return Survey(tuple(runs), described, parcels, tuple(notes), tuple(mistakes.skipped), dropped)
 
 
-def _survey_series(
-    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str],
-    bad: dict[str, InputError] | None,
-) -> Iterator[RunPlan]:  # fmt: skip
-    """The runs of one series; what is wrong with one run is raised, or goes into `bad` where that is given."""
-    scans: dict[tuple[str, int], _Scan] = {}
+def _find(
+    layout: Layout, root: Path, series: str, streams: Sequence[StreamRequest], notes: list[str], mistakes: Mistakes,
+    dropped: tuple[int, ...],
+) -> _Found:  # fmt: skip
+    scans: dict[tuple[str, int], Scan] = {}
     pattern = layout.series[series].bold
+    before = len(mistakes.skipped)
     if pattern is not None:
         for label in layout.subjects:
-            _find_scans(layout, root, series, pattern, label, scans, notes)
-        if not scans:
+            find_scans(layout, root, series, pattern, label, scans, notes, mistakes)
+        if not scans and len(mistakes.skipped) == before:
             raise InputError(root / pattern.file, "no BOLD file found", expected=f"BOLD of {series}")
+        for scan in scans.values() if dropped else ():
+            scan.bold = {label: _without_columns(source, dropped) for label, source in scan.bold.items()}
     indices: dict[tuple[str, ...], dict[str, Path]] = {}
     for request in streams:
         if request.folders not in indices:
             indices[request.folders] = _feature_index(layout, root, series, request.folders)
     if pattern is None:
         _find_runs_without_bold(layout, root, series, indices.values(), scans, notes)
-    keys: dict[str, str] = {}
-    for (run, repeat), scan in watched(sorted(scans.items()), f"surveying {series}", len(scans)):
-        key = re.sub(r"[^A-Za-z0-9_-]", "_", f"{series}_{run}") + (f"_run-{repeat}" if scan.repeated else "")
-        if keys.setdefault(key, run) != run:
-            raise InputError(root, "two runs have the same key", found=f"{run} and {keys[key]}", expected="other names")
+    return _Found(series, scans, indices)
+
+
+def _without_columns(source: Source, dropped: tuple[int, ...]) -> Source:
+    n_trs, columns = source.shape
+    if dropped[0] < 0 or dropped[-1] >= columns or len(dropped) == columns:
+        raise InputError(
+            "--drop-parcels",
+            f"does not fit {source}",
+            found=", ".join(map(str, dropped[:9])),
+            expected=f"some of the columns 0 to {columns - 1}",
+        )
+    return replace(source, shape=(n_trs, columns - len(dropped)), dropped=dropped)
+
+
+def _plan(
+    layout: Layout, root: Path, found: Sequence[_Found], streams: Sequence[StreamRequest], mistakes: Mistakes
+) -> Iterator[RunPlan]:
+    """All runs that have features of every stream and a good scan, or can be predicted."""
+    places = [(of, run, repeat, scan) for of in found for (run, repeat), scan in sorted(of.scans.items())]
+    keys = sample_keys([(of.series, run, repeat if scan.repeated else None) for of, run, repeat, scan in places])
+    for key, (of, run, repeat, scan) in watched(zip(keys, places, strict=True), "surveying", len(places)):
+        if scan.bad and not scan.bold:
+            mistakes.note(next(iter(scan.bad.values())), key)
+            continue
+        for label, mistake in scan.bad.items():
+            mistakes.note(mistake, key, label)
         try:
-            features = {s.name: _feature_source(layout, root, series, run, s, indices[s.folders]) for s in streams}
-            length = common_length(scan.bold.values(), features.values()) if scan.bold else None
+            features = {
+                s.name: _feature_source(layout, root, of.series, run, s, of.features[s.folders]) for s in streams
+            }
+            too_far_off = fitting_scans(scan.bold, features.values()) if mistakes.skip and scan.bold else {}
+            bold = {label: source for label, source in scan.bold.items() if label not in too_far_off}
+            length = common_length(bold.values(), features.values()) if bold else None
             n_trs = length or predicted_length(run, scan.wanted, features.values())
         except InputError as error:
-            if bad is None:
-                raise
-            bad[key] = error
+            mistakes.note(error, key)
             continue
-        yield RunPlan(key, series, run, repeat, scan.groups, scan.bold, features, n_trs, scan.wanted)
+        for label, mistake in too_far_off.items():
+            mistakes.note(mistake, key, label)
+        yield RunPlan(key, of.series, run, repeat, scan.groups, bold, features, n_trs, scan.wanted)
+
+
+def _without_odd_ones(runs: Sequence[RunPlan], streams: Sequence[StreamRequest], mistakes: Mistakes) -> list[RunPlan]:
+    """The runs without the scans and runs whose parcels or widths are not those of most."""
+    odd = unlike_others(runs, streams)
+    if odd and not mistakes.skip:
+        raise next(iter(odd.values()))
+    kept = []
+    for run in runs:
+        bad = {label: odd[run.key, label] for label in run.bold if (run.key, label) in odd}
+        bold = {label: source for label, source in run.bold.items() if label not in bad}
+        whole = odd.get((run.key, ""), None if bold or not bad else next(iter(bad.values())))
+        if whole is not None:
+            mistakes.note(whole, run.key)
+            continue
+        for label, error in bad.items():
+            mistakes.note(error, run.key, label)
+        n_trs = common_length(bold.values(), run.features.values()) if bad else run.n_trs
+        kept.append(replace(run, bold=bold, n_trs=n_trs))
+    return kept
 
 
 def _find_runs_without_bold(
@@ -180,7 +231,7 @@ def _find_runs_without_bold(
     root: Path,
     series: str,
     indices: Iterable[Mapping[str, Path]],
-    scans: dict[tuple[str, int], _Scan],
+    scans: dict[tuple[str, int], Scan],
     notes: list[str],
 ) -> None:
     """Add the runs of a series without BOLD to `scans`; none where nobody has extracted features of it yet."""
@@ -196,85 +247,7 @@ def _find_runs_without_bold(
         groups = described.groups(run)
         if groups is None:
             raise InputError(f"series.{series}.runs", "does not fit a run of target_sample_number", found=run)
-        scans[run, 1] = _Scan(groups, repeated=False, wanted=targets.get(run, {}))
-
-
-def _find_scans(
-    layout: Layout,
-    root: Path,
-    series: str,
-    pattern: BoldPattern,
-    label: str,
-    scans: dict[tuple[str, int], _Scan],
-    notes: list[str],
-) -> None:
-    """Add one subject's data sets of one series to `scans`."""
-    described = layout.series[series]
-    found_file = False
-    for path, fields in find_files(root, pattern.file, {"subject": layout.subjects[label]}):
-        found_file = True
-        names = _dataset_names(path)
-        ignored = []
-        for name in names:
-            match = pattern_regex(fill(pattern.dataset, fields)).fullmatch(name)
-            values = {**fields, **{k: v for k, v in (match.groupdict() if match else {}).items() if v is not None}}
-            groups = described.groups(values.get("run", "")) if match else None
-            if groups is None:
-                ignored.append(name)
-                continue
-            place = (values["run"], int(values.get("repeat", 1)))
-            scan = scans.setdefault(place, _Scan(groups, "repeat" in values))
-            if label in scan.bold:
-                raise InputError(
-                    path,
-                    name,
-                    found=f"a second scan of run {place[0]}, repeat {place[1]}",
-                    expected="one",
-                    fix=f"The other is {scan.bold[label]}.",
-                )
-            scan.bold[label] = _source(path, name, dimensions=(2,), expected="(TRs, parcels)")
-        if len(ignored) == len(names):
-            raise InputError(
-                path,
-                "no data set of this series",
-                found=", ".join(ignored[:3]) or "an empty file",
-                expected=f"{pattern.dataset} with run {' or '.join(described.runs)}",
-            )
-        if ignored:
-            notes.append(f"{path}: {len(ignored)} data set(s) are not of {series}: {', '.join(ignored[:3])}")
-    if not found_file:
-        notes.append(f"{series}: no BOLD file of subject {label}")
-
-
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file for reading; what HDF5 cannot read becomes an InputError that names the file."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except OSError as error:
-        size = f"{path.stat().st_size} bytes" if path.exists() else "no such file (a broken link?)"
-        raise InputError(
-            path, "not a whole HDF5 file", found=f"{size} ({error})", fix="Download or copy it again."
-        ) from error
-
-
-def _dataset_names(path: Path) -> list[str]:
-    names: list[str] = []
-    with opened(path) as file:
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names
-
-
-def _source(path: Path, dataset: str, dimensions: tuple[int, ...], expected: str) -> Source:
-    """Describe a data set, without reading it."""
-    with opened(path) as file:
-        item = file[dataset]
-        if item.ndim not in dimensions or 0 in item.shape:
-            raise InputError(path, f"{dataset}: shape", found=item.shape, expected=expected)
-        if item.dtype.kind not in "fiu":
-            raise InputError(path, f"{dataset}: type", found=item.dtype, expected="numbers")
-        return Source(path, dataset, tuple(item.shape))
+        scans[run, 1] = Scan(groups, repeated=False, wanted=targets.get(run, {}))
 
 
 def _feature_index(layout: Layout, root: Path, series: str, folders: tuple[str, ...]) -> dict[str, Path]:
@@ -302,10 +275,10 @@ def _feature_source(
             f"no feature file of run {run} for stream {request.name}",
             expected=" or ".join(fill(pattern, known) for pattern in layout.feature_files),
         )
-    names = _dataset_names(index[run])
+    names = dataset_names(index[run])
     for dataset in request.datasets:
         if dataset in names:
-            return _source(index[run], dataset, (2, 3), "(TRs, D) or (TRs, L, D)")
+            return describe(index[run], dataset, (2, 3), "(TRs, D) or (TRs, L, D)")
     nearest = difflib.get_close_matches(request.datasets[0], names, n=3, cutoff=0)
     raise InputError(
         index[run],

@@ -22,7 +22,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,13 +53,17 @@ class ShardResult:
         record: the file; None where all of its runs were left out.
         places: where the arrays lie, by run and by name.
         moments: by name, those of each written run along the first axis.
-        skipped: the runs that were left out.
+        skipped: the runs and scans that were left out.
+        casts: moments before casts and of their errors, by name, along the first axis those of each run that has any.
+        notes: what is odd about the data, for people to read, each with the key of the run.
     """
 
     record: FileRecord | None
     places: Mapping[str, Mapping[str, ArrayLocation]]
     moments: Mapping[str, Moments]
     skipped: Sequence[Skipped] = ()
+    casts: Mapping[str, Moments] = field(default_factory=dict)
+    notes: Sequence[tuple[str, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,12 @@ class WorkFolder:
 
     def finish(self, name: str, result: ShardResult) -> None:
         """Write the record of a tar, whole: from then on a restart takes the tar as it is."""
-        document = {"request": self.request, **asdict(result), "moments": list(result.moments)}
+        named = {"moments": result.moments, "casts": result.casts}
+        document = {"request": self.request, **asdict(result), **{kind: list(found) for kind, found in named.items()}}
         tensors = {
-            f"{f.name}:{stream}": np.ascontiguousarray(getattr(moments, f.name))
-            for stream, moments in result.moments.items()
+            f"{kind}:{f.name}:{name}": np.ascontiguousarray(getattr(moments, f.name))
+            for kind, found in named.items()
+            for name, moments in found.items()
             for f in fields(moments)
         }
         aside = self.records / f".{name}"
@@ -119,10 +125,13 @@ def _read_record(path: Path, request: str) -> ShardResult | None:
             document = json.loads(file.metadata()["document"])
             if document["request"] != request:
                 return None
-            moments = {
-                name: Moments(*(file.get_tensor(f"{f.name}:{name}") for f in fields(Moments)))
-                for name in document["moments"]
-            }
+            moments, casts = (
+                {
+                    name: Moments(*(file.get_tensor(f"{kind}:{f.name}:{name}") for f in fields(Moments)))
+                    for name in document[kind]
+                }
+                for kind in ("moments", "casts")
+            )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     record = document["record"]
@@ -131,7 +140,7 @@ def _read_record(path: Path, request: str) -> ShardResult | None:
         for key, arrays in document["places"].items()
     }
     skipped = tuple(Skipped(**s) for s in document["skipped"])
-    return ShardResult(FileRecord(**record) if record else None, places, moments, skipped)
+    return ShardResult(FileRecord(**record) if record else None, places, moments, skipped, casts, document["notes"])
 
 
 def check_output(out: Path, overwrite: bool) -> None:

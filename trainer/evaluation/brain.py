@@ -6,6 +6,7 @@ of the template that it brings along: nothing is downloaded. Without the extra o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ SLICES = (-20, -6, 8, 22, 36, 50, 62)
 """z of the slices, in mm."""
 
 
-def brain_drawings(scored: Scored, atlas: str | None, prefix: str = "") -> tuple[dict[str, list[Drawing]], list[str]]:
+def brain_drawings(
+    scored: Scored, atlas: str | None, prefix: str = "", dropped: Sequence[int] = ()
+) -> tuple[dict[str, list[Drawing]], list[str]]:
     """Glass brain and slices of every subject by label, and sentences about what is missing.
 
     Args:
         scored: its r (S, V) must be there.
         atlas: config.evaluate.atlas.
+        dropped: the columns of the BOLD files, counted from 0, that the scores lack.
     """
     if atlas is None:
         return {}, [NO_ATLAS]
@@ -55,11 +59,11 @@ def brain_drawings(scored: Scored, atlas: str | None, prefix: str = "") -> tuple
             missing.append(f"Subject {label} has no BOLD in {scored.set_name}.")
             continue
         try:
-            ids, affine = read_atlas(atlas_path(atlas, label), len(r))
+            ids, affine = read_atlas(atlas_path(atlas, label), len(r), dropped)
         except InputError as error:
             missing.append(f"Subject {label}: {error}")
             continue
-        drawings[label] = _draw(_Brain(painted(ids, r), affine, label, scored, limit), prefix)
+        drawings[label] = _draw(_Brain(painted(ids, r, dropped), affine, label, scored, limit), prefix)
     return drawings, list(dict.fromkeys(missing))
 
 
@@ -68,11 +72,13 @@ def atlas_path(atlas: str, label: str) -> Path:
     return Path(atlas.replace("{subject}", label))
 
 
-def read_atlas(path: Path, n_parcels: int) -> tuple[np.ndarray, np.ndarray]:
+def read_atlas(path: Path, n_parcels: int, dropped: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Parcel ids (X, Y, Z) of an atlas volume and its affine (4, 4).
 
+    A parcel that the scores lack, column c of `dropped`, has the id c + 1; a volume may hold it or not.
+
     Raises:
-        InputError: no such volume, not three axes, or other ids than 0..n_parcels.
+        InputError: no such volume, not three axes, or other ids than 0 and those of all columns.
     """
     import nibabel
 
@@ -87,17 +93,20 @@ def read_atlas(path: Path, n_parcels: int) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(path, "axes of the atlas volume", found=values.ndim, expected=3)
     found = np.unique(values)
     parcels = found[found != 0]
-    if not np.array_equal(parcels, np.arange(1, n_parcels + 1)):
+    all_ids, lacking = np.arange(1, n_parcels + len(dropped) + 1), np.asarray(dropped, int) + 1
+    if not np.array_equal(np.union1d(parcels, lacking), all_ids):
         seen = f"{len(parcels)} from {parcels[0]:g} to {parcels[-1]:g}" if len(parcels) else "none"
         raise InputError(
-            path, "parcel ids of the atlas", found=seen, expected=f"all of 1 to {n_parcels}, as in the scores"
+            path, "parcel ids of the atlas", found=seen, expected=f"all of 1 to {len(all_ids)}, as in the scores"
         )
     return values.astype(np.int64), image.affine
 
 
-def painted(ids: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """The volume (X, Y, Z) in which every voxel has the r (V,) of its parcel; 0 outside."""
-    return np.concatenate([[0.0], np.nan_to_num(r)])[ids]
+def painted(ids: np.ndarray, r: np.ndarray, dropped: Sequence[int] = ()) -> np.ndarray:
+    """The volume (X, Y, Z) in which every voxel has the r (V,) of its parcel; 0 outside and in parcels without r."""
+    of_ids = np.zeros(1 + len(r) + len(dropped))
+    of_ids[np.delete(np.arange(len(of_ids)), [0, *(column + 1 for column in dropped)])] = np.nan_to_num(r)
+    return of_ids[ids]
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def networks_of(run: RunResults) -> list[str] | str:
     if run.config.evaluate.labels is None:
         return "Networks need the atlas's label file: name it in the configuration as `evaluate.labels`."
     try:
-        return networks(run.config.evaluate.labels, score.r.shape[1])
+        return networks(run.config.evaluate.labels, score.r.shape[1], run.dropped_parcels)
     except InputError as error:
         return str(error)
 

@@ -126,6 +126,11 @@ class RunResults:
     record: DataRecord | None = None
 
     @property
+    def dropped_parcels(self) -> tuple[int, ...]:
+        """The columns of the BOLD files that the shards lack, as far as they are here."""
+        return self.manifest.dropped_parcels if self.manifest else ()
+
+    @property
     def final(self) -> StageResults | None:
         """The last stage that has scores."""
         return next((self.stages[n] for n in sorted(self.stages, reverse=True) if self.stages[n].scored), None)

@@ -203,7 +203,9 @@ def _brain(run: RunResults, prefix: str, suffix: str) -> Section:
     drawings: dict[str, list[Drawing]] = {}
     missing = ["No scores of parcels yet."]
     if scored is not None:
-        drawings, missing = brain_drawings(scored, run.config.evaluate.atlas if run.config else None, prefix)
+        drawings, missing = brain_drawings(
+            scored, run.config.evaluate.atlas if run.config else None, prefix, run.dropped_parcels
+        )
     parts = [Part(title=f"subject {label}", drawings=found) for label, found in drawings.items()]
     opened = [Part(missing=missing), *(_opened(part) for part in parts[:1])]
     return Section(f"{prefix}brain", f"Brain maps{suffix}", opened, parts[1:])
@@ -261,6 +263,11 @@ def _data_part(manifest: Manifest, table: Table) -> Part:
         f"{manifest.name}: {len(manifest.samples)} runs, subjects {', '.join(manifest.subjects)}, "
         f"{manifest.parcels} parcels, a TR of {manifest.tr:g} s."
     )
+    if manifest.dropped_parcels:
+        columns = ", ".join(map(str, manifest.dropped_parcels))
+        text += (
+            f" Columns {columns} of the BOLD files (counted from 0) were left out; the other parcels are numbered on."
+        )
     return Part(text=[text], tables=[table])
 
 

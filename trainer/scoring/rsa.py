@@ -41,7 +41,7 @@ def groups_of(study: Study) -> Groups:
     parcels, labels = study.manifest.parcels, study.config.evaluate.labels
     groups = {ALL: np.arange(parcels)}
     if labels is not None:
-        names = networks(labels, parcels)
+        names = networks(labels, parcels, study.manifest.dropped_parcels)
         groups |= {name: np.flatnonzero([other == name for other in names]) for name in dict.fromkeys(names)}
     return groups
 
