@@ -24,8 +24,11 @@ LOST = 0.01
 SILENT = 1e-4
 """Of the median standard deviation of the columns: one that varies less counts as constant in training."""
 
-FEW = 0.01
-"""Of the columns of a stream: so many may be harmed before the stream is refused."""
+RUINED = 0.5
+"""Of a column's standard deviation: where the error deviates by more, little of the column is left."""
+
+FEW = 0.05
+"""Of the columns of a stream: so many may be harmed, but not ruined, before the stream is refused."""
 
 FEW_SILENT = 0.25
 """Of all columns that vary: so many may be silent and harmed. More are a part of the stream in a unit of its own."""
@@ -111,56 +114,56 @@ class Harm:
     """What casts did to the columns of an array.
 
     Attributes:
-        harmed: the columns that lost more than LOST of their variation.
-        silent: those that did, but vary too little beside the others for training to see them.
+        harmed: how many columns lost more than LOST of their variation.
+        ruined: how many of these lost more than RUINED of it.
+        silent: how many are harmed too, but vary too little beside the others for training to see them.
         judged, varying: how many columns vary enough for training to see them, and at all.
-        mean, std: of each column before the cast.
+        worst: the column that lost most, in words.
     """
 
-    harmed: np.ndarray
-    silent: np.ndarray
+    harmed: int
+    ruined: int
+    silent: int
     judged: int
     varying: int
-    mean: np.ndarray
-    std: np.ndarray
+    worst: str
 
     @property
     def is_too_much(self) -> bool:
-        """Whether more than a few columns are harmed."""
-        return len(self.harmed) > FEW * self.judged or len(self.silent) > FEW_SILENT * self.varying
-
-    def first(self) -> str:
-        """The first of the columns in words."""
-        column = int(np.concatenate([self.harmed, self.silent])[0])
-        return f"column {column} has mean {self.mean[column]:.3g} and standard deviation {self.std[column]:.3g}"
+        """Whether a column is ruined, or more than a few are harmed."""
+        return self.ruined > 0 or self.harmed > FEW * self.judged or self.silent > FEW_SILENT * self.varying
 
 
 def rounded_away(values: Moments, error: Moments) -> Harm:
-    """Which columns have lost more than LOST of their variation, from the moments of all runs (R first).
-
-    A column that does not vary has nothing to lose.
-    """
+    """What casts did to columns, from the moments of all runs (R first). One that does not vary has nothing to lose."""
     before, lost = values.combine(), error.combine()
     std = before.std()
     varies = std > _NO_VARIATION * np.abs(before.mean)
-    harmed = varies & (lost.std() > LOST * std)
     silent = std < SILENT * (np.median(std[varies]) if varies.any() else 0.0)
-    judged, varying = int((varies & ~silent).sum()), int(varies.sum())
-    return Harm(np.flatnonzero(harmed & ~silent), np.flatnonzero(harmed & silent), judged, varying, before.mean, std)
+    share = np.where(varies, lost.std() / np.where(varies, std, 1.0), 0.0)
+    worst = int(np.argmax(np.where(silent, 0.0, share) if (share * ~silent > LOST).any() else share))
+    return Harm(
+        harmed=int((~silent & (share > LOST)).sum()),
+        ruined=int((~silent & (share > RUINED)).sum()),
+        silent=int((silent & (share > LOST)).sum()),
+        judged=int((varies & ~silent).sum()),
+        varying=int(varies.sum()),
+        worst=f"column {worst} has mean {before.mean[worst]:.3g} and standard deviation {std[worst]:.3g}",
+    )
 
 
 def check_rounding(where: str, dtype: str, harm: Harm, fix: str) -> list[str]:
     """Remarks about the few columns of an array that a cast has harmed. Raises InputError where they are not few."""
-    count = len(harm.harmed) + len(harm.silent)
+    count = harm.harmed + harm.silent
     if harm.is_too_much:
         raise InputError(
             where,
             f"{dtype} rounds more than {LOST:.0%} of the variation away",
-            found=f"{count} of {harm.varying} columns that vary ({harm.first()})",
-            expected=f"at most {FEW:.0%} of the columns, over all runs",
+            found=f"{count} of {harm.varying} columns that vary ({harm.worst})",
+            expected=f"at most {FEW:.0%} of the columns, and none that loses {RUINED:.0%}, over all runs",
             fix=fix,
         )
     if not count:
         return []
-    what = f"{dtype} rounds more than {LOST:.0%} of the variation of {count} column(s) away ({harm.first()})"
+    what = f"{dtype} rounds more than {LOST:.0%} of the variation of {count} column(s) away ({harm.worst})"
     return [f"{where}: {what}. {fix}"]
