@@ -438,6 +438,19 @@ def test_a_wish_to_stop_ends_the_scoring_between_two_runs(debug_run: Path, tmp_p
     assert one.run_to_its_end() == 128 + signal.SIGTERM
 
 
+def test_what_was_kept_of_a_deleted_checkpoint_is_removed_and_what_others_score_is_not(
+    debug_run: Path, tmp_path: Path, hurry: None
+) -> None:
+    run = make_crowd(debug_run, tmp_path / "run", [3])
+    folder = run.stage(1).scores / "partial"
+    for unit in ("step_00000002-test", "step_00000001-test", "step_00000003-val"):
+        (folder / f"{unit}-0123").mkdir(parents=True)
+    one = a_worker(run, "test")
+    with one._parts[0].claims.take("step_00000001-test") or pytest.fail("nobody has it"):
+        assert one.run_to_its_end() == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000001-test-0123", "step_00000003-val-0123"]
+
+
 def test_evaluate_scores_what_it_is_asked_to_and_records_the_damaged_of_all(
     debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,3 +135,19 @@ def test_indices_are_spread_from_end_to_end(size: int, most: int) -> None:
     assert len(found) == min(size, most)
     assert len(set(found)) == len(found)
     assert (found[0], found[-1]) == (0, size - 1)
+
+
+@pytest.mark.parametrize("shape", [(16, 60, 33), (3, 7, 2), (8, 1, 50)])
+@pytest.mark.parametrize("by_trs", [False, True], ids=["samples first", "TRs first in memory"])
+def test_parts_that_bound_the_memory_change_no_bit(
+    shape: tuple[int, int, int], by_trs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    samples, bold = rng.normal(size=shape), rng.normal(size=shape[1:])
+    if by_trs:
+        samples = np.ascontiguousarray(samples.transpose(1, 0, 2)).transpose(1, 0, 2)
+    measures = (proper.crps, proper.energy_score, proper.coverage)
+    wanted = [measure(samples, bold) for measure in measures]
+    monkeypatch.setattr(proper, "_NUMBERS_AT_ONCE", 3 * shape[0] * shape[2])
+    for measure, values in zip(measures, wanted, strict=True):
+        np.testing.assert_array_equal(measure(samples, bold), values)

@@ -37,6 +37,12 @@ class Unit(NamedTuple):
     def __str__(self) -> str:
         return f"step_{self.step:08d}-{self.set_name}"
 
+    @classmethod
+    def read(cls, name: str) -> Unit:
+        """The unit of a name that `str` gave."""
+        step, set_name = name.removeprefix("step_").split("-")
+        return cls(int(step), set_name)
+
 
 @dataclass(frozen=True)
 class Listed:

@@ -289,14 +289,20 @@ class Worker:
             say(f"{part}: step {step} is damaged, and left out: {why}")
 
     def _tidy(self, part: Part, leftover: Sequence[Unit]) -> None:
-        """Remove the claims that dead workers left on what is scored, or deleted."""
-        for unit in leftover:
+        """Remove what dead workers left of what is scored or deleted: claims, and what they kept of the scores."""
+        folder = part.directory.scores / kept.FOLDER
+        for unit in {*leftover, *(unit for unit in map(Unit.read, kept.units(folder)) if self._is_over(part, unit))}:
             claim = part.claims.take(str(unit))
             if claim is not None:
                 with claim:
                     let_go_of(part.directory.checkpoints, str(unit))
-                    if part.is_done(unit) or not checkpoint.folder_of(part.directory.checkpoints, unit.step).exists():
-                        kept.remove(part.directory.scores / kept.FOLDER, str(unit))
+                    if self._is_over(part, unit):
+                        kept.remove(folder, str(unit))
+
+    @staticmethod
+    def _is_over(part: Part, unit: Unit) -> bool:
+        """Whether a unit is scored, or its checkpoint gone."""
+        return part.is_done(unit) or not checkpoint.folder_of(part.directory.checkpoints, unit.step).exists()
 
     def _say(self, line: str) -> None:
         if self._processes.is_main:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from trainer.progress import alive
 from trainer.scoring.metrics import is_constant
 
 _FIXED_POINT = 2.0**40
@@ -113,6 +114,7 @@ def spectrum(series: np.ndarray, segment: int, tr_s: float) -> np.ndarray:
         piece = (piece - piece.mean(axis=-2, keepdims=True)) * window[:, None]
         squares = np.square(np.abs(np.fft.rfft(piece, axis=-2)))
         power += squares.reshape(-1, *squares.shape[-2:]).mean(axis=(0, 2))
+        alive()
     density = power * tr_s / np.square(window).sum() / len(starts)
     density[1 : (segment + 1) // 2] *= 2  # the frequencies below 0, which all but 0 and the highest have
     return density[1:]

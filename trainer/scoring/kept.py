@@ -121,6 +121,11 @@ def _conditions(weights: Sequence[Mapping[str, str]], study: Study, set_name: st
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
+def units(folder: Path) -> set[str]:
+    """The checkpoints and sets, `step_00000500-val`, of which something is kept."""
+    return {path.name.rpartition("-")[0] for path in folder.glob("step_*-*-*")}
+
+
 def remove(folder: Path, unit: str, but: str | None = None) -> None:
     """Remove what was kept of a checkpoint and set, except for the folder named `but`."""
     for path in folder.glob(f"{unit}-*"):

@@ -30,7 +30,7 @@ def crps(samples: np.ndarray, bold: np.ndarray) -> np.ndarray:
     """
     count = len(samples)
     rank_weights = 2.0 * np.arange(1, count + 1) - count - 1
-    ordered = samples - bold
+    ordered = np.subtract(samples, bold, out=np.empty(samples.shape))  # in an order that the product needs no copy of
     for trs in _parts(samples):
         ordered[:, trs].sort(axis=0)
     # in one product: its last bits depend on the shape
