@@ -57,7 +57,8 @@ def warned(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The warnings of a command that does what it is asked to."""
     capsys.readouterr()
     assert main(arguments) == 0
-    return capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith("warning: "))
 
 
 def record(stage: Path) -> dict[str, Any]:

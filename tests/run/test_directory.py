@@ -90,7 +90,7 @@ def test_lines_of_the_log_that_are_none_are_left_out(tmp_path: Path) -> None:
 
 def test_the_readme_and_the_docstring_list_what_a_run_holds() -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    listing = readme.partition("A run directory:\n\n```\n")[2].partition("```")[0]
+    listing = readme.partition("\nA run directory")[2].partition("```\n")[2].partition("```")[0]
     for name in (*directory._OURS, "refit", "checkpoints", "logs", "scores", "claims", "anchor"):
         assert f"{name}/" in listing, name
         assert f"{name}/" in (directory.__doc__ or ""), name
