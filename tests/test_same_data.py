@@ -392,8 +392,10 @@ def test_a_damaged_record_is_one_line(lab: Lab, capsys: pytest.CaptureFixture[st
         assert "data.json" in refused(capsys, "evaluate", str(lab.folder / "run"), "--stage", "1")
 
 
-def test_a_stimulus_in_two_sets_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lab = Lab(tmp_path, runs={"a1": 40, "a2": 40, "b1": 40, "c1": 40}, twice={"b1": "a1"})
+@pytest.mark.parametrize("n_trs", [40, 42])
+def test_a_stimulus_in_two_sets_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str], n_trs: int) -> None:
+    """Also where the scan of one was longer, so that not all of its features are those of the other."""
+    lab = Lab(tmp_path, runs={"a1": 40, "a2": 40, "b1": n_trs, "c1": 40}, twice={"b1": "a1"})
     lab.build()
     options = ["--stage", "1", "stage1.max_steps=2"]
     warnings = warned(capsys, *train(lab, tmp_path / "run", *options))

@@ -161,6 +161,14 @@ def _virtual_numbered(file: h5py.File) -> list[str]:
     return ["numbered sources", "part-%b.h5"]
 
 
+def _virtual_integers_of_floats(file: h5py.File) -> list[str]:
+    _sources(Path(file.filename).parent)
+    layout = h5py.VirtualLayout((10, 3), "i2")
+    layout[:] = h5py.VirtualSource("one.h5", "x", (10, 3))
+    file.create_virtual_dataset("x", layout)
+    return ["cuts the numbers of one.h5: x", "found int16, expected float32"]
+
+
 def _soft_link_gone(file: h5py.File) -> list[str]:
     file["x"] = h5py.SoftLink("/moved/x")
     return ["a link to /moved/x that leads nowhere"]
@@ -301,10 +309,10 @@ def _marked_as_missing(file: h5py.File) -> list[str]:
 ODD = [
     _virtual_file_gone, _virtual_data_set_gone, _virtual_source_too_small, _virtual_whole_source_too_small,
     _virtual_part_without_source, _virtual_source_unwritten, _virtual_of_virtual_gone, _virtual_circle,
-    _virtual_numbered, _soft_link_gone, _external_link_gone, _raw_file_gone, _raw_file_short, _never_written,
-    _half_written, _extended_and_not_written, _null, _scalar, _flat, _no_rows, _compound, _complex, _boolean, _text,
-    _enumeration, _references, _region_references, _lists, _opaque, _arrays_of_arrays, _a_group, _unknown_filter,
-    _packed, _marked_as_missing,
+    _virtual_numbered, _virtual_integers_of_floats, _soft_link_gone, _external_link_gone, _raw_file_gone,
+    _raw_file_short, _never_written, _half_written, _extended_and_not_written, _null, _scalar, _flat, _no_rows,
+    _compound, _complex, _boolean, _text, _enumeration, _references, _region_references, _lists, _opaque,
+    _arrays_of_arrays, _a_group, _unknown_filter, _packed, _marked_as_missing,
 ]  # fmt: skip
 
 

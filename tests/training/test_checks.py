@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import trainer
 from tests.training.conftest import ALONE, LENGTHS, Lab
+from tools.make_shards import main as make_shards
 from trainer.cli import main
 from trainer.data.statistics import starting_level
 from trainer.errors import InputError
@@ -116,6 +117,32 @@ def test_bold_in_scanner_units_is_learnt_as_z_scores_are(make_lab: MakeLab, caps
     assert lab.train("--stage", "1", "--overwrite", "bold.standardise=run") == 0
     assert "bold.standardise" not in capsys.readouterr().err
     assert raw == pytest.approx(scores(lab, 1)[-1]["pearson_r"], abs=0.1)
+
+
+@pytest.mark.parametrize("factor", [1e-25, 1e17])
+def test_bold_whose_squares_float32_cannot_sum_is_refused_unless_it_is_standardised(
+    make_lab: MakeLab, capsys: pytest.CaptureFixture[str], factor: float
+) -> None:
+    lab = make_lab(bold=lambda subject, run, x: x * factor)
+    line = refused(capsys, lab)
+    assert "bold.standardise: BOLD of subject 1" in line and "expected 1e-15 to 1e+15" in line
+    assert "bold.standardise=run" in line
+    assert lab.train("--stage", "1", "bold.standardise=run") == 0
+    assert all(np.isfinite(float(str(score["pearson_r"]))) for score in scores(lab, 1))
+
+
+def test_features_that_float32_cannot_divide_by_are_refused(
+    make_lab: MakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = make_lab()
+    for path in (lab.folder / "features" / "m2").iterdir():
+        with h5py.File(path, "a") as file:
+            file["layer"][...] = file["layer"][:] * np.float32(1e-38)
+    arguments = ["--layout", str(lab.folder / "layout.yaml"), "--root", str(lab.folder), "--float32", "m2/layer"]
+    assert make_shards([*arguments, "--out", str(lab.folder / "shards"), "--overwrite"]) == 0
+    capsys.readouterr()
+    line = refused(capsys, lab)
+    assert "include_features: m2/layer" in line and "expected 1e-30 or more" in line
 
 
 @pytest.mark.parametrize("decoders", [(True, True), (True, False), (False, True)])

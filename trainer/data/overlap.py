@@ -1,8 +1,9 @@
 """Does a set that judges a training hold what the training has seen? Stimuli are compared, not only samples.
 
-Two showings of one run are the same stimulus, and so are runs of other names whose features are all equal. A model that
-has learnt one of them is judged by the other on what it knows. Some do this on purpose, so it is a warning, and names
-what it is about. TRs of one and the same sample in training and validation are refused before (`Study.check_apart`).
+Two showings of one run are the same stimulus, and so are runs of other names whose features are all equal, over the
+TRs that both have where one scan was a TR or two longer. A model that has learnt one of them is judged by the other on
+what it knows. Some do this on purpose, so it is a warning, and names what it is about. TRs of one and the same sample
+in training and validation are refused before (`Study.check_apart`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from trainer.data.identity import LISTED, features_digest
 from trainer.data.manifest import Manifest, Sample
 from trainer.data.plan import Span
+from trainer.data.runs import MAX_TRS_APART
+from trainer.data.shards import Shards
 from trainer.data.study import Study
+
+_LOOK = 4
+"""TRs at the end that are compared before whole runs are."""
 
 
 def shared_stimuli(study: Study) -> list[str]:
@@ -28,6 +36,7 @@ def shared_stimuli(study: Study) -> list[str]:
     sentences = []
     for name, other in pairs:
         runs = shared(study.manifest, study.spans[name], study.spans[other])
+        runs += cut_otherwise(study.shards, study.spans[name], study.spans[other])
         runs = [(one, two) for one, two in runs if one != two or name == "train"]
         if runs:
             sentences.append(_sentence(name, other, runs))
@@ -54,6 +63,36 @@ def shared(manifest: Manifest, spans: Sequence[Span], others: Sequence[Span]) ->
         if span.start < other.stop and other.start < span.stop
     )
     return list(found)
+
+
+def cut_otherwise(shards: Shards, spans: Sequence[Span], others: Sequence[Span]) -> list[tuple[str, str]]:
+    """As `shared`, of runs whose lengths differ by at most MAX_TRS_APART, so that hashes say nothing.
+
+    Their features are read, of most pairs a few TRs of one stream.
+    """
+    samples = shards.manifest.samples
+    found = dict.fromkeys(
+        (samples[span.sample].key, samples[other.sample].key)
+        for span in spans
+        for other in others
+        if 0 < abs(samples[span.sample].n_trs - samples[other.sample].n_trs) <= MAX_TRS_APART
+        and (samples[span.sample].series, samples[span.sample].run)
+        != (samples[other.sample].series, samples[other.sample].run)
+        and span.start < other.stop
+        and other.start < span.stop
+        and _starts_alike(shards, span.sample, other.sample)
+    )
+    return list(found)
+
+
+def _starts_alike(shards: Shards, one: int, other: int) -> bool:
+    """Whether all streams of two samples are equal over the TRs that both have."""
+    n_trs = min(shards.manifest.samples[sample].n_trs for sample in (one, other))
+    return all(
+        np.array_equal(shards.read(one, stream.name, start, n_trs), shards.read(other, stream.name, start, n_trs))
+        for start in (max(n_trs - _LOOK, 0), 0)
+        for stream in shards.manifest.streams
+    )
 
 
 def _stimuli(manifest: Manifest, sample: Sample) -> Iterator[object]:

@@ -44,6 +44,13 @@ def check_virtual(item: h5py.Dataset, where: str, check: Callable[[h5py.Dataset,
                 raise InputError(where, "a source of this virtual data set is not there", found=name)
             if not _holds(source.shape, part.src_space, part.vspace, item.shape):
                 raise InputError(where, f"the source {name} of this virtual data set is too small", found=source.shape)
+            if item.dtype.kind in "iu" and not np.can_cast(source.dtype, item.dtype, "safe"):
+                raise InputError(
+                    where,
+                    f"the type of this virtual data set cuts the numbers of {name}",
+                    found=item.dtype,
+                    expected=f"{source.dtype}, as there",
+                )
             if source.is_virtual:
                 check_virtual(source, f"{where}: {name}", check, depth + 1)
             else:

@@ -23,6 +23,10 @@ from trainer.training.latent import Series
 
 FAR = 10.0
 """How many times more or less than a z-score BOLD may vary, or lie away from 0, before it is said."""
+SUMMED = 1e15
+"""Of BOLD that deviates by more, or by less than the inverse, float32 cannot sum squares over a batch."""
+SMALLEST_SCALE = 1e-30
+"""The smallest standard deviation of features that weights in float32 can be divided by."""
 LEAST_VARIANCE = 1e-10
 """The part of the largest principal component's variance below which a component holds rounding alone."""
 MOST_Z = 1000.0
@@ -35,9 +39,10 @@ def check(study: Study, stages: Sequence[int]) -> list[str]:
 
     Raises:
         InputError: a key names a column or parcel that is not there; nobody could predict a subject; nobody chooses the
-            step; BOLD has fewer dimensions than stage 2 needs.
+            step; BOLD has fewer dimensions than stage 2 needs; BOLD or features are in a unit that float32 cannot hold.
     """
     _check_kept(study)
+    _check_units(study)
     _check_subjects(study, stages)
     _check_rank(study, stages)
     return [*_unknown_subjects(study), *_far_units(study), *_faint_parcels(study)]
@@ -167,6 +172,35 @@ def _check_kept(study: Study) -> None:
         if parcel >= study.manifest.parcels:
             expected = f"0 to {study.manifest.parcels - 1}"
             raise InputError("bold.keep_parcels", "no such parcel", found=parcel, expected=expected)
+
+
+def _check_units(study: Study) -> None:
+    """BOLD that is not z-scored, and features that are, leave room in float32 for their squares and inverses."""
+    spans = study.spans["train"]
+    if study.config.bold.standardise == "none":
+        _, _, std = bold_statistics(study.shards, spans)
+        for label, size in zip(study.manifest.subjects, np.median(std, axis=1), strict=True):
+            if size > 0 and not 1 / SUMMED <= size <= SUMMED:
+                raise InputError(
+                    "bold.standardise",
+                    f"BOLD of subject {label} is in a unit that float32 cannot sum squares in",
+                    found=f"standard deviation {size:.3g} in the median parcel",
+                    expected=f"{1 / SUMMED:g} to {SUMMED:g}",
+                    fix="Set bold.standardise=run or bold.standardise=subject.",
+                )
+    runs = sorted({span.sample for span in spans})
+    for stream in study.streams if study.config.stage1.standardise_features else ():
+        found = study.manifest.moments(stream.name)
+        there = Moments(found.count[runs], found.mean[runs], found.m2[runs]).combine()
+        size = float(np.max(there.std()))
+        if 0 < size < SMALLEST_SCALE:
+            raise InputError(
+                f"include_features: {stream.name}",
+                "features in a unit that float32 cannot divide by",
+                found=f"a standard deviation of at most {size:.3g}",
+                expected=f"{SMALLEST_SCALE:g} or more",
+                fix="Write the features in another unit and build the shards anew, or leave the stream out.",
+            )
 
 
 def _check_subjects(study: Study, stages: Sequence[int]) -> None:
