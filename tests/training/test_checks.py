@@ -197,6 +197,15 @@ def test_a_set_in_another_unit_than_the_training_is_named(make_lab: MakeLab, mod
     assert check(lab.study("bold.standardise=run"), (1, 2)) == []
 
 
+def test_components_that_show_the_means_of_runs_are_not_called_a_collapse(
+    make_lab: MakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = make_lab(bold=lambda subject, run, x: x + {"a1": 8, "a2": -8, "b1": 0}[run])
+    assert lab.train() == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "latents lie between" in line]
+    assert "runs differ in their means" in warning and "bold.standardise: run" in warning and "collapse" not in warning
+
+
 @pytest.mark.parametrize("mode", ["none", "subject", "run"])
 def test_bold_in_one_unit_is_not_spoken_of(make_lab: MakeLab, mode: str) -> None:
     assert check(make_lab().study(f"bold.standardise={mode}"), (1, 2)) == []
