@@ -199,6 +199,45 @@ def test_a_parcel_that_hardly_varies_is_scaled_like_the_others(make_lab: MakeLab
         assert np.abs(scaled[:, 3]).max() < 10
 
 
+def test_a_parcel_that_varies_far_more_than_the_others_is_named(
+    make_lab: MakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loud(subject: str, run: str, values: np.ndarray) -> np.ndarray:
+        return values * np.where(np.arange(12) == 4, 1e7 if subject == "sub-01" else 1, 1)
+
+    lab = make_lab(bold=loud)
+    (warning,) = check(lab.study(), (1,))
+    assert "subject 1: 4 (1 of 12). Set bold.standardise=run" in warning and "subject 2" not in warning
+    assert check(lab.study("bold.standardise=subject"), (1, 2)) == []
+    assert "Set bold.standardise=run: some parcels vary so much more" in refused(capsys, lab)
+
+
+@pytest.mark.parametrize("mode", ["none", "subject"])
+def test_a_set_in_another_unit_than_the_training_is_named(make_lab: MakeLab, mode: str) -> None:
+    def mixed(subject: str, run: str, values: np.ndarray) -> np.ndarray:
+        return scanner_units(subject, run, values) if (subject, run) == ("sub-02", "b1") else values
+
+    lab = make_lab(bold=mixed)
+    (warning,) = check(lab.study(f"bold.standardise={mode}"), (1, 2))
+    assert warning.startswith("datasets.val: BOLD of subject 2 is in another unit than in training")
+    assert "set bold.standardise=run" in warning
+    assert check(lab.study("bold.standardise=run"), (1, 2)) == []
+
+
+def test_components_that_show_the_means_of_runs_are_not_called_a_collapse(
+    make_lab: MakeLab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = make_lab(bold=lambda subject, run, x: x + {"a1": 8, "a2": -8, "b1": 0}[run])
+    assert lab.train() == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "latents lie between" in line]
+    assert "runs differ in their means" in warning and "bold.standardise: run" in warning and "collapse" not in warning
+
+
+@pytest.mark.parametrize("mode", ["none", "subject", "run"])
+def test_bold_in_one_unit_is_not_spoken_of(make_lab: MakeLab, mode: str) -> None:
+    assert check(make_lab().study(f"bold.standardise={mode}"), (1, 2)) == []
+
+
 # ---- dimensions of BOLD
 
 

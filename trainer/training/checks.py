@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trainer.data.manifest import BOLD, Moments
 from trainer.data.plan import Span, used_subjects
-from trainer.data.statistics import BoldScaling, bold_statistics
+from trainer.data.statistics import BoldScaling, bold_statistics, median_std
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.run.signals import StopRequest
@@ -27,6 +27,8 @@ SUMMED = 1e15
 """Of BOLD that deviates by more, or by less than the inverse, float32 cannot sum squares over a batch."""
 SMALLEST_SCALE = 1e-30
 """The smallest standard deviation of features that weights in float32 can be divided by."""
+LOUD = 100.0
+"""How many times as much as the median parcel a parcel varies before it is said."""
 LEAST_VARIANCE = 1e-10
 """The part of the largest principal component's variance below which a component holds rounding alone."""
 MOST_Z = 1000.0
@@ -45,7 +47,13 @@ def check(study: Study, stages: Sequence[int]) -> list[str]:
     _check_units(study)
     _check_subjects(study, stages)
     _check_rank(study, stages)
-    return [*_unknown_subjects(study), *_far_units(study), *_faint_parcels(study)]
+    return [
+        *_unknown_subjects(study),
+        *_far_units(study),
+        *_loud_parcels(study),
+        *_other_units(study),
+        *_faint_parcels(study),
+    ]
 
 
 def check_parcels(study: Study) -> None:
@@ -152,7 +160,9 @@ def _check_rank(study: Study, stages: Sequence[int]) -> None:
             "more dimensions than the training BOLD varies in",
             found=needs,
             expected=f"at most {rank}, with {n_trs} TRs of all subjects less their means",
-            fix=f"Set stage2.latent_dim={rank} or less, or train on more runs.",
+            fix=f"Set stage2.latent_dim={rank} or less, or train on more runs."
+            if not _loud(study).any()
+            else "Set bold.standardise=run: some parcels vary so much more than others that nothing else is seen.",
         )
 
 
@@ -284,6 +294,52 @@ def _far_units(study: Study) -> Iterator[str]:
         )
 
 
+def _loud(study: Study) -> np.ndarray:
+    """(S, V) bool: the parcels that vary more than `LOUD` times as much in training as the subject's median parcel."""
+    if study.config.bold.standardise != "none":
+        return np.zeros((1, 1), bool)
+    _, mean, std = bold_statistics(study.shards, study.spans["train"])
+    return std > LOUD * np.where((median := median_std(mean, std)) > 0, median, np.inf)
+
+
+def _loud_parcels(study: Study) -> Iterator[str]:
+    """A line where BOLD that is not z-scored has parcels beside which the others count for nothing."""
+    loud = _loud(study)
+    if loud.any():
+        parcels = {
+            label: np.flatnonzero(row).tolist() for label, row in zip(study.manifest.subjects, loud, strict=True)
+        }
+        yield (
+            f"bold.standardise: parcels vary more than {LOUD:.0f} times as much as the median parcel, so that the loss "
+            f"is theirs alone: {_parcels(parcels, study)}. Set bold.standardise=run or bold.standardise=subject"
+        )
+
+
+def _other_units(study: Study) -> Iterator[str]:
+    """A line for each scored set in which a subject's BOLD has another unit than in training; `run` evens that out."""
+    if study.config.bold.standardise == "run":
+        return
+    _, trained_mean, trained_std = bold_statistics(study.shards, study.spans["train"])
+    for name in study.scored_sets(refit=False):
+        _, mean, std = bold_statistics(study.shards, study.spans[name])
+        there = median_std(mean, std)[:, 0]
+        before = median_std(trained_mean, trained_std)[:, 0]
+        shift = np.median(np.abs(mean - trained_mean), axis=1)
+        other = [
+            s
+            for s in np.flatnonzero((there > 0) & (before > 0))
+            if not (1 / FAR <= there[s] / before[s] <= FAR and shift[s] <= FAR * before[s])
+        ]
+        if other:
+            labels = [study.manifest.subjects[s] for s in other]
+            level, trained = (np.median(np.abs(values[other[0]])) for values in (mean, trained_mean))
+            yield (
+                f"datasets.{name}: BOLD of {_names(labels)} in another unit than in training (subject {labels[0]}: "
+                f"|mean| {level:.3g}, std {there[other[0]]:.3g} in the median parcel, there |mean| {trained:.3g}, "
+                f"std {before[other[0]]:.3g}), so that all scores but r are wrong: set bold.standardise=run"
+            )
+
+
 def _faint_parcels(study: Study) -> Iterator[str]:
     """A line where parcels are not divided by their own standard deviation."""
     scaling: BoldScaling = study.scaling
@@ -298,16 +354,21 @@ def _faint_parcels(study: Study) -> Iterator[str]:
         if row.any()
     }
     if parcels:
-        found = "; ".join(
-            f"subject {label}: {_listed(list(map(str, numbers)))} ({len(numbers)} of {study.manifest.parcels})"
-            for label, numbers in parcels.items()
-        )
         yield (
             f"bold.standardise={scaling.mode}: parcels that hardly vary over "
             f"{'a run' if scaling.mode == 'run' else 'the training TRs'} (standard deviation below 1e-4 of the median "
-            f"parcel's, or no more than rounding) are divided by the median parcel's: {found}. "
+            f"parcel's, or no more than rounding) are divided by the median parcel's: {_parcels(parcels, study)}. "
             "bold.keep_parcels=[PARCEL] lets one keep its own"
         )
+
+
+def _parcels(of_subjects: Mapping[str, Sequence[int]], study: Study) -> str:
+    """`subject 1: 3, 4, ... (50 of 1000); subject 2: 1 (1 of 1000)`."""
+    return "; ".join(
+        f"subject {label}: {_listed(list(map(str, numbers)))} ({len(numbers)} of {study.manifest.parcels})"
+        for label, numbers in of_subjects.items()
+        if numbers
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -290,9 +290,14 @@ def _latent_range(job: Job, flow: FlowMatching, phase: Phase) -> list[float]:
     """Least and largest standard deviation of the latents of the training BOLD; warns where they leave [0.5, 2]."""
     low, high = latent.latent_range(flow, job.study, job.study.spans["train"], job.processes)
     if job.processes.is_main and (low < 0.5 or high > 2.0):
+        cause = (
+            "runs differ in their means, which the components then show (bold.standardise: run evens them out)"
+            if isinstance(flow.latent, Latent)
+            else "the projection collapses (stage2.projection: pca does not)"
+        )
         print(
             f"warning: {phase.title}: standard deviations of the latents lie between {low:.2f} and {high:.2f}, "
-            "expected within 0.5 and 2: the projection collapses (stage2.projection: pca does not)",
+            f"expected within 0.5 and 2: {cause}",
             file=sys.stderr,
         )
     return [low, high]
