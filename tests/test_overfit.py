@@ -28,3 +28,9 @@ def test_a_subject_that_is_not_there_is_refused(
 ) -> None:
     assert main(["--config", str(debug_config), "--subject-idx", "4", f"data.shards={tiny_shards}"]) == 2
     assert "found 4, expected 0 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ["0", "-2"])
+def test_it_takes_one_step_at_least(debug_config: Path, capsys: pytest.CaptureFixture[str], steps: str) -> None:
+    assert main(["--config", str(debug_config), "--steps", steps]) == 2
+    assert f"--steps: too few: found {steps}, expected 1 or more" in capsys.readouterr().err

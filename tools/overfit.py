@@ -47,6 +47,8 @@ UNTRAINED_STD = 0.3
 def main(argv: Sequence[str] | None = None) -> int:
     """Train on one batch; 0 if the loss fell below the threshold, 1 if not."""
     arguments = _arguments(argv)
+    if arguments.steps < 1:
+        raise InputError("--steps", "too few", found=arguments.steps, expected="1 or more")
     config = load_config(arguments.config, arguments.overrides)
     study = Study(config, known_data(RunDirectory(arguments.run).stage(2)) if arguments.run else ())
     warn(study.warnings)

@@ -88,6 +88,8 @@ def test_a_section_of_comments_is_one_of_defaults(tmp_path: Path) -> None:
         ("{sbatch: {partition: gpu}}", ["sbatch", "found partition", "use partition"]),
         ("{sbatch: {mem: 4G}}", ["sbatch", "found mem", "use mem_gb"]),
         ("{stage1: {sbatch: {dependency: 'afterok:1'}}}", ["found dependency", "the pipeline sets it"]),
+        ('{partition: "a\\nhostname"}', ["partition", "without line breaks"]),
+        ('{stage1: {sbatch: {comment: "a\\nb"}}}', ["stage1.sbatch", "without line breaks"]),
         ("{setup: module load cuda}", ["setup", "list"]),
         ("{zero_stage: 3}", ["zero_stage", "found 3", "0, 1 or 2"]),
         ("{stage1: {zero_stage: two}}", ["stage1.zero_stage", "found 'two'", "0, 1 or 2"]),

@@ -493,3 +493,12 @@ def test_watch_beside_a_live_training_gives_the_scores_of_evaluate_afterwards(
         names = {name for name in of_evaluate if name[:13] in there}
         assert len(names) >= 8 * number
         assert {name: of_watch[name] for name in names} == {name: of_evaluate[name] for name in names}
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_no_training_is_waited_for_where_a_file_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], below: str
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["watch", str(tmp_path / "file" / below)]) == 2
+    assert f"{tmp_path / 'file'}: is no folder" in capsys.readouterr().err

@@ -78,6 +78,15 @@ class JobSettings(StrictModel):
     def _minutes(cls, time: object) -> object:
         return minutes(time) if isinstance(time, str) else time
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_line(cls, value: object) -> object:
+        # each text becomes one line `#SBATCH ...`: what follows a line break would run as a command
+        for text in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(text, str) and "\n" in text:
+                raise ValueError(f"found {text!r}, expected text without line breaks")
+        return value
+
     @field_validator("sbatch")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:

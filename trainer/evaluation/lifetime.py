@@ -30,6 +30,9 @@ def first_config(run: RunDirectory, numbers: Sequence[int], stop: StopRequest) -
     """The configuration of the first of some stages that has one, waited for; None where a signal came first."""
     deadline = time.monotonic() + BEGIN_WITHIN_S
     where = run.path if len(numbers) > 1 else run.stage(numbers[0]).path
+    for path in (run.path, *run.path.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(path, "is no folder", expected="a run directory, or the place of one to come")
     told = False
     while not stop.requested:
         for number in numbers:
