@@ -91,8 +91,10 @@ def test_a_section_of_comments_is_one_of_defaults(tmp_path: Path) -> None:
         ('{partition: "a\\nhostname"}', ["partition", "without line breaks"]),
         ('{stage1: {sbatch: {comment: "a\\nb"}}}', ["stage1.sbatch", "without line breaks"]),
         ("{setup: module load cuda}", ["setup", "list"]),
-        ("{zero_stage: 3}", ["zero_stage", "found 3", "0, 1 or 2"]),
-        ("{stage1: {zero_stage: two}}", ["stage1.zero_stage", "found 'two'", "0, 1 or 2"]),
+        ("{zero_stage: 3}", ["zero_stage", "found 3", "at least 0 and at most 2"]),
+        ("{stage1: {zero_stage: two}}", ["stage1.zero_stage", "found 'two'", "at least 0 and at most 2"]),
+        ("{zero_stage: true}", ["zero_stage", "found true"]),
+        ("{sbatch: {--exclusive: true}}", ["sbatch", "found '--exclusive'", "without its dashes"]),
         ("{evaluate: {zero_stage: 2}}", ["evaluate", "zero_stage is for trainings", "stage1 and stage2"]),
     ],
 )

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -67,8 +67,10 @@ class JobSettings(StrictModel):
     )
     sbatch: dict[str, str | int | float | bool] = Field({}, description="other options, e.g. {exclusive: true}")
     srun: list[str] = Field([], description="other arguments of srun")
-    zero_stage: Literal[0, 1, 2] | None = Field(
+    zero_stage: int | None = Field(
         None,
+        ge=0,
+        le=2,
         description="what the processes of a training share out: 1 Adam's moments, 2 gradients too, 0 nothing (DDP); "
         "null: as 0, unless the environment of who submits says otherwise",
     )
@@ -91,6 +93,8 @@ class JobSettings(StrictModel):
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
         for key in extra:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", key):
+                raise ValueError(f"found {key!r}, expected the name of an option of sbatch without its dashes")
             dashed, ours = key.replace("_", "-"), key.replace("-", "_")
             why = _SET_BY_US.get(dashed) or (f"use {ours}" if ours in JobSettings.model_fields else None)
             if why:
