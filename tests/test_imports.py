@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trainer"
-LEAVES = {"errors", "text", "written", "paths", "strict", "config", "progress"}
+LEAVES = {"errors", "text", "written", "paths", "strict", "config", "stored", "progress"}
 ALLOWED = {
     "errors": set(),
     "progress": set(),
@@ -17,6 +17,7 @@ ALLOWED = {
     "paths": set(),
     "strict": {"errors", "text", "written"},
     "config": {"errors", "written", "paths", "strict"},
+    "stored": {"config", "strict"},
     "data": LEAVES,
     "models": LEAVES,
     "run": LEAVES,

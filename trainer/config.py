@@ -7,13 +7,12 @@ before the key existed says so (`before`), since stored configurations keep thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
-from pydantic.fields import FieldInfo
 
 from trainer.paths import PathText
 from trainer.strict import Few, NotNegative, Positive, Size, StrictModel, apply_overrides, flat, read_yaml, validated
@@ -387,77 +386,6 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, data, f"{path} with overrides" if overrides else path)
 
 
-def load_stored(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration that a run directory holds, and apply overrides as `load_config` does.
-
-    A key that it lacks means the behaviour from before that key existed (`before`, said at the key).
-
-    Raises:
-        InputError: as `load_config`.
-    """
-    data = read_yaml(path)
-    apply_overrides(Config, data, overrides)
-    return stored_config(data, f"{path} with overrides" if overrides else path)
-
-
-def stored_config(data: dict[str, Any], where: str | Path) -> Config:
-    """The configuration that a run directory or an export holds as plain data; see `load_stored`."""
-    return validated(Config, with_former(Config, data, {}), where)
-
-
-def continued(config: Config, stored: Sequence[Path]) -> Config:
-    """The configuration of a training that goes on in a run directory which another training has begun.
-
-    A key that neither `config` nor the kept configuration names means the behaviour from before that key existed, not
-    its default.
-
-    Args:
-        config: as the user gives it.
-        stored: where the run directory may hold a configuration; the first that exists counts.
-    """
-    path = next((path for path in stored if path.exists()), None)
-    if path is None:
-        return config
-    given = config.model_dump(mode="json", exclude_unset=True)
-    return validated(Config, with_former(Config, given, read_yaml(path)), path)
-
-
-def with_former(model: type[BaseModel], data: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with the `before` of each key of `model` that neither `data` nor `stored` has.
-
-    A value of a wrong type stays as it is, for the validation to refuse.
-    """
-    found = dict(data)
-    for name, field in model.model_fields.items():
-        inner, section, kept = _section(field.annotation), found.get(name, {}), _mapping(stored.get(name))
-        if inner is None:
-            if name not in found and name not in stored and _FORMER in (extra := _extra(field)):
-                found[name] = extra[_FORMER]
-        elif not isinstance(section, Mapping):
-            continue
-        elif get_origin(field.annotation) is not dict:
-            if filled := with_former(inner, section, kept):
-                found[name] = filled
-        elif name in found:
-            found[name] = {
-                key: with_former(inner, value, _mapping(kept.get(key))) if isinstance(value, Mapping) else value
-                for key, value in section.items()
-            }
-    return found
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-_FORMER = "before"
-"""What a key's `json_schema_extra` calls the behaviour from before the key existed."""
-
-
-def _extra(field: FieldInfo) -> Mapping[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-
-
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys, in the order of the configuration, whose values differ."""
     a, b = dict(flat(one.model_dump(mode="json"))), dict(flat(other.model_dump(mode="json")))
@@ -471,7 +399,7 @@ def documentation() -> dict[str, list[tuple[str, str, str]]]:
     def visit(model: type[BaseModel], title: str) -> None:
         rows = tables.setdefault(title, [])
         for name, field in model.model_fields.items():
-            inner = _section(field.annotation)
+            inner = section_of(field.annotation)
             if inner is not None:
                 free_names = ".<name>" if get_origin(field.annotation) is dict else ""
                 visit(inner, f"{title}.{name}{free_names}".lstrip("."))
@@ -483,7 +411,8 @@ def documentation() -> dict[str, list[tuple[str, str, str]]]:
     return tables
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that a key's annotation holds, where the key is a section or a mapping of sections."""
     candidates = (annotation, *get_args(annotation))
     models = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
     return models[0] if models else None

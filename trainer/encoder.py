@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.config import Config, stored_config
+from trainer.config import Config
 from trainer.data.batches import Batch
 from trainer.errors import InputError
 from trainer.models.build import Shapes, build_anchor, build_flow
 from trainer.models.upstream import with_prefix
 from trainer.run.files import read_json
 from trainer.scoring.predictor import AnchorPredictor, FlowPredictor, Predictor, estimated, trained_of
+from trainer.stored import stored_config
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -13,15 +13,13 @@ from torch import Tensor
 from trainer.errors import InputError
 from trainer.models.flow import (
     SITE_COMPLEMENT,
-    CovarianceAccumulator,
     FlowMatching,
-    Latent,
-    LinearLatent,
     euler,
     flow_loss,
     flow_path,
     linear_guess,
 )
+from trainer.models.latent import CovarianceAccumulator, Latent, LinearLatent
 from trainer.models.randomness import make_keys, normal
 
 SUBJECTS, PARCELS, LATENT = 2, 10, 4

@@ -13,7 +13,8 @@ from trainer.data.batches import whole_runs
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor
 from trainer.models.build import build_anchor, build_flow
-from trainer.models.flow import CovarianceAccumulator, FlowMatching
+from trainer.models.flow import FlowMatching
+from trainer.models.latent import CovarianceAccumulator
 from trainer.scoring.predictor import shapes_of
 
 SMALL = [f"stage2.{key}" for key in ("decoder.channels=[8]", "latent_dim=4", "n_timesteps=2", "posterior_draws=2")]

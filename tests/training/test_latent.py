@@ -18,7 +18,7 @@ from trainer.data.manifest import BOLD
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.build import build_flow
-from trainer.models.flow import CovarianceAccumulator, Latent
+from trainer.models.latent import CovarianceAccumulator, Latent
 from trainer.progress import listening
 from trainer.run.signals import Interrupted, StopRequest
 from trainer.scoring.predictor import shapes_of

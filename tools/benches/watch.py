@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from tools.benches import ROOT, Row, data, in_turns, seconds
-from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.evaluation.worker import Worker
 from trainer.models.build import build_anchor
@@ -25,6 +24,7 @@ from trainer.run.signals import StopRequest
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
 from trainer.scoring.shares import OneProcess
+from trainer.stored import load_stored
 
 CHECKPOINTS = 100
 APPEARANCES = 5

@@ -20,7 +20,7 @@ from trainer.cluster import limits, sweep
 from trainer.cluster.chain import Job, Run, Shards, Stage, pipeline
 from trainer.cluster.limits import Limits
 from trainer.cluster.settings import OVERRIDE, Settings, load_settings
-from trainer.config import Config, continued, load_config
+from trainer.config import Config, load_config
 from trainer.data.layout import load_layout
 from trainer.data.manifest import MANIFEST
 from trainer.errors import InputError
@@ -28,6 +28,7 @@ from trainer.paths import is_remote
 from trainer.run import jobs as queue
 from trainer.run.directory import RunDirectory
 from trainer.run.files import write_new
+from trainer.stored import continued
 
 AskLimits = Callable[[str | None], Limits]
 

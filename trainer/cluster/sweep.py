@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config import Config, differing_keys, load_config, load_stored
+from trainer.config import Config, differing_keys, load_config
 from trainer.data.manifest import Manifest
 from trainer.errors import InputError, exit_on_input_error
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import write_whole
+from trainer.stored import load_stored
 from trainer.strict import as_declared, declared, flat, parse_yaml
 from trainer.text import read_text
 from trainer.written import parse_written

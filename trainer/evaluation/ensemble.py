@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.config import load_stored
 from trainer.data.batches import whole_runs
 from trainer.data.identity import differ
 from trainer.data.manifest import BOLD
@@ -32,6 +31,7 @@ from trainer.scoring.known import open_study, warn
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import estimated, load_predictor
 from trainer.scoring.records import on_other_data, printed, summary, write_array
+from trainer.stored import load_stored
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.evaluation.held import score_if_whole
@@ -20,6 +19,7 @@ from trainer.run.watchdog import Watchdog
 from trainer.scoring.known import open_study, warn
 from trainer.scoring.records import stale_steps
 from trainer.scoring.shares import Ranks
+from trainer.stored import load_stored
 
 
 def evaluate(run: RunDirectory, stages: Sequence[int], step: str, sets: Sequence[str] | None) -> None:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config, load_stored
+from trainer.config import Config
 from trainer.errors import InputError
 from trainer.run import heartbeat
 from trainer.run.alive import CounterWatch
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.signals import StopRequest
+from trainer.stored import load_stored
 
 POLL_EVERY_S = 2.0
 LOOK_EVERY_S = 5.0

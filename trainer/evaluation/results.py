@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trainer.config import Config, load_stored
+from trainer.config import Config
 from trainer.data.identity import DataRecord
 from trainer.data.manifest import Manifest
 from trainer.errors import InputError
@@ -26,6 +26,7 @@ from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import names, read_object
 from trainer.run.status import StageStatus, read_facts, stage_status
 from trainer.scoring.known import known_data
+from trainer.stored import load_stored
 
 Value = TypeVar("Value")
 _UNREADABLE = (InputError, OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile)

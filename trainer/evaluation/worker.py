@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import torch
 
-from trainer.config import load_stored
 from trainer.data.study import Study
 from trainer.evaluation import lifetime
 from trainer.evaluation.held import Settling, content_of, hold, let_go, let_go_of, score_if_whole
@@ -32,6 +31,7 @@ from trainer.run.watchdog import Watchdog
 from trainer.scoring import kept
 from trainer.scoring.known import open_study, warn
 from trainer.scoring.shares import Ranks, in_order
+from trainer.stored import load_stored
 
 T = TypeVar("T")
 STAGES = (1, 2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.config import Config, load_stored
+from trainer.config import Config
 from trainer.errors import InputError
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
+from trainer.stored import load_stored
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from trainer.data.plan import Span, used_subjects
 from trainer.data.study import Study
 from trainer.errors import InputError
 from trainer.models.components import ComponentSearch, sketch_width
-from trainer.models.flow import CovarianceAccumulator, FlowMatching, Latent, principal_latent
+from trainer.models.flow import FlowMatching
+from trainer.models.latent import CovarianceAccumulator, Latent, principal_latent
 from trainer.models.randomness import fold_in, make_keys, normal
 from trainer.progress import LEAST_RATE, say, unbroken, watched
 from trainer.run.signals import Interrupted, StopRequest

@@ -19,7 +19,8 @@ from trainer.data.statistics import feature_statistics, starting_level
 from trainer.data.study import Study
 from trainer.models.anchor import Anchor, anchor_loss
 from trainer.models.build import build_anchor, build_flow
-from trainer.models.flow import FlowMatching, Latent
+from trainer.models.flow import FlowMatching
+from trainer.models.latent import Latent
 from trainer.models.randomness import keyed, make_keys
 from trainer.progress import say
 from trainer.run import checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import Config, continued, differing_keys, load_stored
+from trainer.config import Config, differing_keys
 from trainer.data.identity import Known
 from trainer.data.overlap import shared_stimuli
 from trainer.data.plan import micro_batches
@@ -32,6 +32,7 @@ from trainer.run.watchdog import Watchdog
 from trainer.scoring.known import known_data, warn, write_record
 from trainer.scoring.predictor import shapes_of
 from trainer.scoring.score import score_checkpoint
+from trainer.stored import continued, load_stored
 from trainer.training.checks import check, check_parcels
 from trainer.training.loop import Phase, Training, Watch
 from trainer.training.phases import Job, anchor_phase, flow_phase, planned_steps
