@@ -96,3 +96,11 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         command()
+
+
+def test_ctrl_c_is_one_line_and_the_status_of_its_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert exit_on_input_error(pressed)([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -66,7 +67,10 @@ class InputError(Exception):
 
 
 def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:
-    """Wrap a command's `main(argv)`: an error that is the user's to mend becomes one line on stderr and status 2."""
+    """Wrap a command's `main(argv)`: an error that is the user's to mend becomes one line on stderr and status 2.
+
+    So does Ctrl-C where the command has not its own way to end, with the status that shells give it.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
@@ -80,6 +84,9 @@ def exit_on_input_error(main: Callable[..., int]) -> Callable[..., int]:
             if line is None:
                 raise
             print(f"error: {line}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
         return 2
 
     return wrapped
