@@ -27,6 +27,7 @@ from trainer.progress import say, watched
 from trainer.run import checkpoint
 from trainer.run.directory import RunDirectory, StageDirectory
 from trainer.run.files import check_writable, write_json
+from trainer.run.processes import use_tf32
 from trainer.scoring.known import open_study, warn
 from trainer.scoring.metrics import Correlation, PearsonR
 from trainer.scoring.predictor import estimated, load_predictor
@@ -78,6 +79,7 @@ def ensemble(runs: Sequence[RunDirectory], set_name: str, choose_on: str, best: 
         candidate.study.check_apart(set_name, f"what {candidate} was trained on", trained_on)
     check_writable(runs[0].path / "ensemble", "Name a run first that you may write to: the first keeps the scores.")
     chosen = choose(np.stack([candidate.r for candidate in found]), best)
+    use_tf32(False)  # as all scores are taken
     correlation, alone = _score(found, chosen, study, set_name)
     content = _content(found, chosen, correlation, alone, (set_name, choose_on, best))
     _write(runs[0].path / "ensemble" / set_name, correlation, content)
