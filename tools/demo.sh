@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job end to end on synthetic data whose ceiling is known: HDF5 -> shards -> stage 1 -> stage 2 -> scores ->
-# report. Two minutes on a fast core, five on a slow one. Everything lands in data/demo and output/demo, and is made anew at each call.
+# report. Two minutes on a fast core, five on a slow one. Everything lands in data/demo and output/demo, and is made anew
+# at each call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/venv.sh
