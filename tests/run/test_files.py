@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -46,15 +47,17 @@ def no_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "link", refuse)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def a_full_disk() -> Iterator[None]:
-    """No file of this process may grow beyond 20 kB."""
+    """No file of this process may grow beyond 20 kB: not around more than is tested, as pytest writes a log too."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def entries(folder: Path) -> list[str]:
@@ -113,9 +116,9 @@ def test_a_file_without_hard_links_has_the_mode_of_the_umask_too(tmp_path: Path,
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_disk_that_takes_no_more_is_named_with_the_file_and_nothing_is_left(
-    tmp_path: Path, a_full_disk: None, write: Callable[[Path], None]
+    tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
-    with pytest.raises((OSError, InputError), match="File too large") as caught:
+    with pytest.raises((OSError, InputError), match="File too large") as caught, a_full_disk():
         write(tmp_path / "file")
     assert str(tmp_path / "file") in str(caught.value)
     assert entries(tmp_path) == []
