@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,15 @@ def test_masked_value_is_refused_by_its_place(encoder: Encoder, features: dict[s
     hidden[3, 2] = np.ma.masked
     with pytest.raises(InputError, match="features: flat: not a finite number: found nan at TR 3, column 2"):
         encoder.predict({**features, "flat": hidden})
+
+
+def test_features_that_overflow_the_arithmetic_are_refused(encoder: Encoder, features: dict[str, np.ndarray]) -> None:
+    strong = copy.deepcopy(encoder)
+    for weight in strong._predictor.anchor.parameters():
+        weight.data.mul_(1e3)
+    assert np.isfinite(strong.predict(features)).all()
+    with pytest.raises(InputError, match="features: the model's arithmetic overflows: expected features in the units"):
+        strong.predict({**features, "flat": features["flat"] * np.float32(1e36)})
 
 
 def test_short_floats_stay_short() -> None:

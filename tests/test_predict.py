@@ -146,6 +146,9 @@ def test_a_submission_is_what_the_challenge_takes(debug_run: Path, tiny_source: 
         (["--set", "val", "--estimate", "sample", "--samples", "0"], ["--samples", "found 0"]),
         (["--set", "val", "--estimate", "sample", "--stage", "1"], ["--estimate", "stage 1 has a mean"]),
         (["--set", "val", "--format", "algonauts"], ["datasets.val: no submission: found runs with BOLD"]),
+        (["--set", "val", "bold.standardise=subject"], ["bold.standardise: the model was trained with another value"]),
+        (["--set", "val", "stage1.model.embed_dim=999"], ["stage1.model.embed_dim:", "found 999, expected"]),
+        (["--set", "val", "stage2.cfm.sigma_min=0.5"], ["stage2.cfm.sigma_min:", "found 0.5, expected 0.0001"]),
         (["--set", "s7", S7, "--format", "algonauts", "--estimate", "sample", "--samples", "2"], ["--samples"]),
         (["--set", "x", "datasets.x.filter.runs=[s07*, chap*]", "--format", "algonauts"], ["friends_s7, ood"]),
         (["--set", "s7", "datasets.s7.filter.runs=[s07e01b]", "--format", "algonauts"], ["lacks", "s7_s07e01a"]),
@@ -193,6 +196,15 @@ def test_a_failure_half_way_leaves_nothing(debug_run: Path, tmp_path: Path, monk
 
 def make_study(tiny_shards: Path, debug_config: Path) -> Study:
     return Study(load_config(debug_config, [f"data.shards={tiny_shards}", S7]))
+
+
+def test_a_prediction_that_is_not_finite_is_refused_by_its_run(
+    debug_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.predict.estimated", lambda *_: np.full((4, 3, 2), np.inf, np.float32))
+    message = refused(capsys, "predict", str(debug_run), "--set", "test", "--out", str(tmp_path / "p"))
+    assert "datasets.test: the model's arithmetic overflows in run movie10_figures01_run-1: expected" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_left_out_of_the_shards_or_of_unknown_length_make_no_submission(

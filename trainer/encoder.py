@@ -75,7 +75,7 @@ class Encoder:
 
         Raises:
             InputError: a stream is missing, of another shape or type or not finite (the place is named), streams differ
-                in TRs, or there is no such estimate.
+                in TRs; they are so large that the prediction is not finite; or there is no such estimate.
         """
         possible = ("mean", "sample") if isinstance(self._predictor, FlowPredictor) else ("mean",)
         if estimate not in possible:
@@ -84,7 +84,11 @@ class Encoder:
             raise InputError("samples", "", found=samples, expected="1 or more")
         batch = self._batch(features, number)
         found = estimated(self._predictor, batch, estimate, samples if estimate == "sample" else None)
-        found[..., self._predictor.anchor.decoder.silent().numpy(), :, :] = np.nan
+        silent = self._predictor.anchor.decoder.silent().cpu().numpy()
+        if not np.isfinite(found[..., ~silent, :, :]).all():
+            expected = "features in the units of those that it was trained on"
+            raise InputError("features", "the model's arithmetic overflows", expected=expected)
+        found[..., silent, :, :] = np.nan
         return found
 
     def _batch(self, features: Mapping[str, np.ndarray | Tensor], number: int) -> Batch:

@@ -116,7 +116,7 @@ def spans_to_predict(study: Study, set_name: str) -> list[Span]:
 
 
 def predicted(predictor: Predictor, study: Study, request: Request, device: torch.device) -> Iterator[RunPrediction]:
-    """Predict the runs of a set, one at a time."""
+    """Predict the runs of a set, one at a time. Raises InputError where features are so large that it overflows."""
     subjects = subjects_to_predict(study.config, request.set_name, study.manifest.subjects)
     spans = spans_to_predict(study, request.set_name)
     context = study.config.data.context_trs
@@ -126,6 +126,10 @@ def predicted(predictor: Predictor, study: Study, request: Request, device: torc
         # the BOLD that is there goes unread; whose it is must not decide who is predicted
         seen = replace(batch, subject_mask=mask).to(device)
         values = estimated(predictor, seen, request.estimate, request.samples)
+        if not np.isfinite(values[..., mask[0].numpy(), :, :]).all():
+            where, run = f"datasets.{request.set_name}", study.manifest.samples[span.sample].key
+            expected = "features in the units of those that it was trained on"
+            raise InputError(where, f"the model's arithmetic overflows in run {run}", expected=expected)
         by_label = {label: values[..., i, :, :] for i, label in enumerate(study.manifest.subjects) if label in subjects}
         yield RunPrediction(span, by_label)
 
