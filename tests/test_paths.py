@@ -108,6 +108,14 @@ def test_every_path_of_the_slurm_settings_is_expanded_once(key: str, tmp_path: P
         load_settings(tmp_path / "s.yaml", [f"{key}=$NOWHERE/a"])
 
 
+@pytest.mark.parametrize("override", ["data.shards=''", "data.cache_dir=' '", "evaluate.labels=''"])
+def test_an_empty_path_is_refused(override: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(MINIMAL)
+    with pytest.raises(InputError, match=r"(shards|cache_dir|labels): found ' ?', expected a path"):
+        load_config(file, [override])
+
+
 def test_only_paths_are_expanded(tmp_path: Path) -> None:
     config = load_config(config_file(tmp_path), ["datasets.val.filter.runs=[$NOWHERE, '~']"])
     assert config.datasets["val"].filter.runs == ["$NOWHERE", "~"]

@@ -53,5 +53,13 @@ def _escaped(path: str) -> str:
     return path if is_remote(path) else path.replace("$", "$$")
 
 
-PathText = Annotated[str, AfterValidator(expanded), PlainSerializer(_escaped, when_used="json")]
+def _not_empty(path: str) -> str:
+    if not path.strip():
+        raise ValueError(f"found {path!r}, expected a path")
+    return path
+
+
+PathText = Annotated[
+    str, AfterValidator(_not_empty), AfterValidator(expanded), PlainSerializer(_escaped, when_used="json")
+]
 """A path or a URL, expanded; written back, it is read as the same path."""

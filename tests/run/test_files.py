@@ -205,6 +205,12 @@ def test_a_link_to_nothing_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "x").is_symlink()
 
 
+@pytest.mark.parametrize("path", ["", ".", "..", "/"])
+def test_no_path_at_all_is_one_that_exists(path: str) -> None:
+    with pytest.raises(InputError, match=r"--out: .* exists\. Choose another --out"), new_whole(Path(path), "--out"):
+        pass
+
+
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o311)
     assert names(tmp_path) == ["closed"] and names(tmp_path / "gone") == []

@@ -118,10 +118,10 @@ def new_whole(path: Path, option: str) -> Iterator[Path]:
     Raises:
         InputError: there is something already, or it cannot be written.
     """
+    if os.path.lexists(path):  # an empty path too: it is the folder that the program runs in
+        raise InputError(option, f"{path} exists", fix=f"Choose another {option}, or delete it.")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if os.path.lexists(path):
-            raise InputError(option, f"{path} exists", fix=f"Choose another {option}, or delete it.")
         _make_folder(path.parent)
         aside.touch()  # before any time is spent
         aside.unlink()
