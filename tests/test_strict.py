@@ -149,6 +149,13 @@ datasets: {train: &train {filter: {runs: [a]}}, val: *train}
         load_config(written(config_file, text.replace("lr: 1e-3}", "lr: 1e-3, lr: 1}")))
 
 
+@pytest.mark.parametrize("hidden", ["\u200b", "\ufeff", "\u00ad"])
+def test_invisible_character_in_a_key_is_shown(config_file: Path, hidden: str) -> None:
+    config_file.write_text(f"{config_file.read_text()}\n{hidden}seed: 1\n", encoding="utf-16")
+    with pytest.raises(InputError, match=r"'\\(u|x)[0-9a-f]+seed': unknown key. Did you mean seed\?"):
+        load_config(config_file)
+
+
 def test_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the file: found nothing, expected a mapping"):
         read_yaml(written(tmp_path / "e.yaml", "# nothing\n"))

@@ -101,6 +101,7 @@ def test_places_that_share_an_anchor_do_not_share_their_values() -> None:
         ("[" * 3000, "not valid YAML"),
         ("a: [1\n", r"not valid YAML \(line"),
         ("a\0b", "not valid YAML"),
+        ("a: 1\nb: 2\n\x1a", r"not valid YAML \(line 3\): found the character U\+001A"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
     ],
 )

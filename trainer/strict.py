@@ -142,7 +142,8 @@ def _as_input_error(model: type[BaseModel], error: ValidationError, where: str |
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(location[-1], known_keys(model, location[:-1]), n=1, cutoff=0.5)
         hint = f"Did you mean {'.'.join([*location[:-1], nearest[0]])}?" if nearest else more
-        return InputError(where, f"{key}: unknown key", fix=hint)
+        # a byte order mark or a zero-width space in a key would be seen by nobody
+        return InputError(where, f"{key if key.isprintable() else ascii(key)}: unknown key", fix=hint)
     if first["type"] == "missing":
         return InputError(where, f"{key}: missing", expected="a value", fix=more)
     if first["type"] == "value_error":

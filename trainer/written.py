@@ -115,6 +115,12 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         loader.name = name
         node: yaml.Node | None = loader.get_single_node()
         return node
+    except yaml.reader.ReaderError as error:  # it knows no line, and ends its message in one of its own
+        line = f" (line {text.count(chr(10), 0, error.position) + 1})"
+        found = f"the character U+{ord(text[error.position]):04X}"
+        raise InputError(
+            name, f"not valid YAML{line}", found=found, expected="no such character", fix="Delete it."
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
